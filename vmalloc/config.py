@@ -1,0 +1,145 @@
+"""What a KV cache is made of: validated, frozen settings.
+
+Owns: nothing.  Thread-safety: immutable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ConfigError
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Element types a cache may hold, and their size in bytes."""
+
+DriverName = Literal["auto", "host", "null"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKVSpec:
+    """What one layer stores for one token: ``num_kv_heads`` keys and as many values.
+
+    Attributes:
+        num_kv_heads: heads of K and V (fewer than query heads under grouped-query attention).
+        k_head_dim, v_head_dim: elements of one key and of one value.
+        dtype: element type, a key of ``DTYPE_BYTES``.
+        window: tokens a sliding-window layer looks back, or None. All rows are kept all the same;
+            the attention kernel applies the window.
+    """
+
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    dtype: str = "float32"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "k_head_dim", "v_head_dim"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"KV dtype is {self.dtype!r}; supported: {', '.join(DTYPE_BYTES)}")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window is {self.window}; it must be at least 1, or None")
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of one token's keys."""
+        return self.num_kv_heads * self.k_head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of one token's values."""
+        return self.num_kv_heads * self.v_head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheConfig:
+    """Everything a ``KVBackend`` needs to know.
+
+    Attributes:
+        layers: one spec per layer, in layer order.
+        max_num_seqs: most sequences that are live at once.
+        max_seq_len: most tokens of one sequence.
+        capacity_bytes: hard cap on physical memory. Nothing is taken at start.
+        driver: where physical pages come from. ``"auto"`` takes the best driver present;
+            ``"null"`` counts pages and holds no memory (for simulations).
+        page_bytes: physical unit; a multiple of the driver's granularity. None: its default
+            (64 KiB on the host driver).
+        layers_per_group: layers whose K and V of one token stand together in one row; 1 gives a
+            buffer per layer, ``len(layers)`` one buffer for all. None: all layers.
+        kv_split: keep K and V of a group in two address ranges instead of one.
+        num_slots: address ranges reserved; a spare one lets a new sequence start while the pages
+            of an old one wait for the GPU. None: twice ``max_num_seqs``.
+        commit_ahead_tokens: rows that the background worker keeps backed past each sequence's end.
+            0 turns the worker off, and every page is mapped on the critical path.
+        lookahead_tokens: rows past a sequence's end that an attention kernel may read (0 for
+            kernels that are exact to the row). These rows are always backed.
+        low_watermark: share of the cap below which no new sequence is admitted while others run.
+        high_watermark: share of the cap; free pages above it go back to the system.
+        zero_on_reuse: clear a page before it passes from one sequence to another.
+    """
+
+    layers: tuple[LayerKVSpec, ...]
+    max_num_seqs: int
+    max_seq_len: int
+    capacity_bytes: int
+    driver: DriverName = "auto"
+    page_bytes: int | None = None
+    layers_per_group: int | None = None
+    kv_split: bool = False
+    num_slots: int | None = None
+    commit_ahead_tokens: int = 4
+    lookahead_tokens: int = 0
+    low_watermark: float = 0.01
+    high_watermark: float = 1.0
+    zero_on_reuse: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("layers is empty; a cache needs at least one layer")
+        _check("max_num_seqs", self.max_num_seqs, lambda n: n >= 1, "at least 1")
+        _check("max_seq_len", self.max_seq_len, lambda n: n >= 1, "at least 1")
+        _check("capacity_bytes", self.capacity_bytes, lambda n: n >= 1, "at least 1")
+        _check("commit_ahead_tokens", self.commit_ahead_tokens, lambda n: n >= 0, "0 or more")
+        _check("lookahead_tokens", self.lookahead_tokens, lambda n: n >= 0, "0 or more")
+        if self.driver not in ("auto", "host", "null"):
+            raise ConfigError(f"driver is {self.driver!r}; supported: auto, host, null")
+        if self.page_bytes is not None:
+            _check("page_bytes", self.page_bytes, lambda n: n >= 1, "at least 1")
+        if self.layers_per_group is not None:
+            _check(
+                "layers_per_group",
+                self.layers_per_group,
+                lambda n: 1 <= n <= len(self.layers),
+                f"between 1 and the number of layers, {len(self.layers)}",
+            )
+        if self.num_slots is not None:
+            _check(
+                "num_slots",
+                self.num_slots,
+                lambda n: n >= self.max_num_seqs,
+                f"at least max_num_seqs, {self.max_num_seqs}",
+            )
+        for name in ("low_watermark", "high_watermark"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}; it is a share of the cap, between 0 and 1")
+        if self.low_watermark > self.high_watermark:
+            raise ConfigError(
+                f"low_watermark is {self.low_watermark}; it must not exceed "
+                f"high_watermark, {self.high_watermark}"
+            )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token stores over all layers."""
+        return sum(layer.k_bytes + layer.v_bytes for layer in self.layers)
+
+
+def _check(name: str, value: int, is_valid: Callable[[int], bool], rule: str) -> None:
+    if not is_valid(value):
+        raise ConfigError(f"{name} is {value}; it must be {rule}")

@@ -1,0 +1,1 @@
+"""Attention kernels over KV-cache views, one module per device."""
