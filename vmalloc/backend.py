@@ -49,6 +49,7 @@ class Step:
     """One engine step. Pages freed while it is open are not reused before its kernels are done."""
 
     epoch: int
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,10 @@ class KVCacheStats:
         adopted_pages: parked pages that a new sequence took over, mapped already.
         reclaimed_pages: ahead and parked pages taken back for another sequence.
         stall_us: microseconds the engine waited for pages.
+        num_steps: steps ended so far.
+        live_byte_steps, committed_byte_steps: the byte counts summed over the ends of steps, for
+            averages over time.
+        worker_error: why the background worker stopped, or "".
     """
 
     reserved_bytes: int
@@ -124,6 +129,17 @@ class KVCacheStats:
     adopted_pages: int
     reclaimed_pages: int
     stall_us: float
+    num_steps: int
+    live_byte_steps: float
+    committed_byte_steps: float
+    worker_error: str
+
+    @property
+    def utilisation(self) -> float:
+        """Live bytes over committed bytes, averaged over the steps so far; 1.0 before the first."""
+        if self.committed_byte_steps == 0:
+            return 1.0
+        return self.live_byte_steps / self.committed_byte_steps
 
 
 class KVBackend(Protocol):

@@ -1,0 +1,251 @@
+// bindings.cpp: the Python face of the core: drivers, the arena, tensors as DLPack capsules.
+// Owns: nothing.  Thread-safety: the GIL is released around every call that can block.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings_attention.h"
+#include "dlpack.h"
+#include "driver.h"
+#include "error.h"
+#include "fault_driver.h"
+#include "kv_arena.h"
+
+namespace py = pybind11;
+
+namespace vmalloc {
+namespace {
+
+using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+/// Raise the class of that name in vmalloc.errors, which is the one home of our exceptions.
+template <typename... Args>
+void raise(const char* name, Args&&... args) {
+  const py::object type = py::module_::import("vmalloc.errors").attr(name);
+  const py::object error = type(std::forward<Args>(args)...);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate_exception(std::exception_ptr failure) {
+  try {
+    if (failure) std::rethrow_exception(failure);
+  } catch (const DriverError& error) {
+    raise("DriverError", error.call, error.code, error.name, error.detail);
+  } catch (const ConfigError& error) {
+    raise("ConfigError", error.what());
+  } catch (const ClosedError& error) {
+    raise("ClosedError", error.what());
+  } catch (const InvariantError& error) {
+    raise("InvariantError", error.what());
+  }
+}
+
+/// What a capsule keeps alive: the addresses, and the shape that the tensor points to.
+struct TensorContext {
+  std::shared_ptr<Region> region;
+  std::vector<std::int64_t> shape;
+  std::vector<std::int64_t> strides;
+  dlpack::ManagedTensor managed;
+};
+
+void delete_tensor(dlpack::ManagedTensor* managed) {
+  delete static_cast<TensorContext*>(managed->context);
+}
+
+void destroy_capsule(PyObject* capsule) {
+  // A consumer renames the capsule and takes the tensor; one that nobody took is ours to delete.
+  if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+  auto* managed =
+      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  managed->deleter(managed);
+}
+
+dlpack::DataType to_dlpack_type(const std::string& dtype) {
+  if (dtype == "float32") return {dlpack::kTypeFloat, 32, 1};
+  if (dtype == "float16") return {dlpack::kTypeFloat, 16, 1};
+  if (dtype == "bfloat16") return {dlpack::kTypeBfloat, 16, 1};
+  throw ConfigError("dtype is '" + dtype + "'; supported: float32, float16, bfloat16");
+}
+
+py::object make_tensor_capsule(const KVArena& arena, std::size_t region_idx,
+                               std::size_t byte_offset, const std::string& dtype,
+                               std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
+  auto context = std::make_unique<TensorContext>();
+  context->region = arena.region(region_idx);
+  context->shape = std::move(shape);
+  context->strides = std::move(strides);
+  dlpack::Tensor& tensor = context->managed.tensor;
+  tensor.data = reinterpret_cast<void*>(context->region->address() + byte_offset);
+  tensor.device = {dlpack::kDeviceCpu, 0};
+  tensor.ndim = static_cast<std::int32_t>(context->shape.size());
+  tensor.dtype = to_dlpack_type(dtype);
+  tensor.shape = context->shape.data();
+  tensor.strides = context->strides.data();
+  tensor.byte_offset = 0;
+  context->managed.context = context.get();
+  context->managed.deleter = delete_tensor;
+  PyObject* capsule = PyCapsule_New(&context->managed, "dltensor", destroy_capsule);
+  if (capsule == nullptr) throw py::error_already_set();
+  static_cast<void>(context.release());  // the capsule owns it now
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+bool extend(KVArena& arena, const Int64Array& slots, const Int64Array& num_rows) {
+  if (slots.size() != num_rows.size()) {
+    throw ConfigError("got " + std::to_string(slots.size()) + " slots but " +
+                      std::to_string(num_rows.size()) + " row counts");
+  }
+  const auto count = static_cast<std::size_t>(slots.size());
+  const std::int64_t* slot_data = slots.data();
+  const std::int64_t* row_data = num_rows.data();
+  const py::gil_scoped_release release;
+  return arena.try_extend(slot_data, row_data, count);
+}
+
+void free_slots(KVArena& arena, const Int64Array& slots) {
+  const auto count = static_cast<std::size_t>(slots.size());
+  const std::int64_t* data = slots.data();
+  const py::gil_scoped_release release;
+  arena.free(data, count);
+}
+
+py::dict stats_dict(KVArena& arena) {
+  ArenaStats stats;
+  {
+    const py::gil_scoped_release release;
+    stats = arena.stats();
+  }
+  py::dict result;
+  result["created_pages"] = stats.pool.num_created;
+  result["free_pages"] = stats.pool.num_free;
+  result["in_use_pages"] = stats.pool.num_in_use;
+  result["retired_pages"] = stats.pool.num_retired;
+  result["max_pages"] = stats.pool.max_pages;
+  result["map_calls"] = stats.driver.map_calls;
+  result["unmap_calls"] = stats.driver.unmap_calls;
+  result["create_calls"] = stats.driver.create_calls;
+  result["destroy_calls"] = stats.driver.destroy_calls;
+  result["reserved_bytes"] = stats.reserved_bytes;
+  result["page_bytes"] = stats.page_bytes;
+  result["live_bytes"] = stats.live_bytes;
+  result["committed_pages"] = stats.committed_pages;
+  result["ahead_pages"] = stats.ahead_pages;
+  result["parked_pages"] = stats.parked_pages;
+  result["peak_committed_pages"] = stats.peak_committed_pages;
+  result["peak_live_bytes"] = stats.peak_live_bytes;
+  result["num_live"] = stats.num_live;
+  result["peak_live"] = stats.peak_live;
+  result["critical_pages"] = stats.critical_pages;
+  result["background_pages"] = stats.background_pages;
+  result["adopted_pages"] = stats.adopted_pages;
+  result["reclaimed_pages"] = stats.reclaimed_pages;
+  result["stall_us"] = stats.stall_us;
+  result["num_steps"] = stats.num_steps;
+  result["live_byte_steps"] = stats.live_byte_steps;
+  result["committed_byte_steps"] = stats.committed_byte_steps;
+  result["worker_error"] = stats.worker_error;
+  return result;
+}
+
+void bind_drivers(py::module_& m) {
+  py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
+      .def_property_readonly("name", &Driver::name)
+      .def_property_readonly("granularity", &Driver::granularity)
+      .def_property_readonly("page_bytes", &Driver::page_bytes)
+      .def("memory_info", [](const Driver& driver) {
+        const MemoryInfo info = driver.memory_info();
+        return py::make_tuple(info.free_bytes, info.total_bytes);
+      });
+  m.def("make_host_driver", &make_host_driver, py::arg("page_bytes"));
+  m.def("make_null_driver", &make_null_driver, py::arg("page_bytes"));
+
+  py::enum_<Fault>(m, "Fault")
+      .value("NONE", Fault::kNone)
+      .value("OUT_OF_MEMORY", Fault::kOutOfMemory)
+      .value("ERROR", Fault::kError);
+  py::class_<FaultDriver, Driver, std::shared_ptr<FaultDriver>>(m, "FaultDriver")
+      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
+      .def("fail_call", &FaultDriver::fail_call, py::arg("call"), py::arg("fault"))
+      .def("num_calls", &FaultDriver::num_calls)
+      .def("hold_fences", &FaultDriver::hold_fences, py::arg("hold"));
+}
+
+void bind_arena(py::module_& m) {
+  py::class_<LayerKVSpec>(m, "LayerKVSpec")
+      .def(py::init([](std::uint32_t num_kv_heads, std::uint32_t k_head_dim,
+                       std::uint32_t v_head_dim, std::uint32_t element_bytes) {
+             return LayerKVSpec{num_kv_heads, k_head_dim, v_head_dim, element_bytes};
+           }),
+           py::kw_only(), py::arg("num_kv_heads"), py::arg("k_head_dim"), py::arg("v_head_dim"),
+           py::arg("element_bytes"));
+
+  py::class_<KVArena>(m, "KVArena")
+      .def(py::init([](std::shared_ptr<Driver> driver, std::vector<LayerKVSpec> layers,
+                       std::size_t layers_per_group, bool kv_split, std::size_t num_slots,
+                       std::size_t max_rows, std::size_t max_pages, std::size_t low_pages,
+                       std::size_t high_pages, std::size_t ahead_rows, std::size_t lookahead_rows,
+                       bool zero_on_reuse) {
+             ArenaConfig config{};
+             config.layers = std::move(layers);
+             config.layers_per_group = layers_per_group;
+             config.kv_split = kv_split;
+             config.num_slots = num_slots;
+             config.max_rows = max_rows;
+             config.max_pages = max_pages;
+             config.low_pages = low_pages;
+             config.high_pages = high_pages;
+             config.ahead_rows = ahead_rows;
+             config.lookahead_rows = lookahead_rows;
+             config.zero_on_reuse = zero_on_reuse;
+             return std::make_unique<KVArena>(std::move(driver), config);
+           }),
+           py::arg("driver"), py::kw_only(), py::arg("layers"), py::arg("layers_per_group"),
+           py::arg("kv_split") = false, py::arg("num_slots"), py::arg("max_rows"),
+           py::arg("max_pages"), py::arg("low_pages") = 0, py::arg("high_pages") = SIZE_MAX,
+           py::arg("ahead_rows") = 0, py::arg("lookahead_rows") = 0,
+           py::arg("zero_on_reuse") = false)
+      .def("try_admit", &KVArena::try_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
+      .def("can_admit", &KVArena::can_admit, py::arg("num_rows"), NoGil())
+      .def("try_extend", &extend, py::arg("slots"), py::arg("num_rows"))
+      .def("truncate", &KVArena::truncate, py::arg("slot"), py::arg("num_rows"), NoGil())
+      .def("free", &free_slots, py::arg("slots"))
+      .def("prefetch", &KVArena::prefetch, py::arg("num_rows"), NoGil())
+      .def("begin_step", &KVArena::begin_step, NoGil())
+      .def("end_step", &KVArena::end_step, py::arg("epoch"), py::arg("stream") = 0, NoGil())
+      .def("trim", &KVArena::trim, py::arg("keep_free"), NoGil())
+      .def("resize", &KVArena::resize, py::arg("max_pages"), NoGil())
+      .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())
+      .def("max_slot_rows", &KVArena::max_slot_rows, NoGil())
+      .def("wait_worker", &KVArena::wait_worker, NoGil())
+      .def("check_invariants", &KVArena::check_invariants, NoGil())
+      .def("close", &KVArena::close, NoGil())
+      .def("stats", &stats_dict)
+      .def_property_readonly("num_regions", &KVArena::num_regions)
+      .def(
+          "region_row_bytes",
+          [](const KVArena& arena, std::size_t idx) { return arena.region(idx)->row_bytes(); },
+          py::arg("region"))
+      .def(
+          "region_slot_bytes",
+          [](const KVArena& arena, std::size_t idx) { return arena.region(idx)->slot_bytes(); },
+          py::arg("region"))
+      .def("tensor_capsule", &make_tensor_capsule, py::arg("region"), py::arg("byte_offset"),
+           py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "C++ core of vmalloc; see _core.pyi for the typed interface.";
+  py::register_exception_translator(&translate_exception);
+  bind_drivers(m);
+  bind_arena(m);
+  bind_attention(m);
+}
+
+}  // namespace vmalloc

@@ -1,0 +1,65 @@
+#include "commit_worker.h"
+
+#include <exception>
+#include <utility>
+
+namespace vmalloc {
+
+CommitWorker::CommitWorker(std::function<void(std::uint32_t)> commit)
+    : commit_(std::move(commit)), thread_([this] { run(); }) {}
+
+CommitWorker::~CommitWorker() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  work_.notify_all();
+  thread_.join();
+}
+
+void CommitWorker::post(std::uint32_t slot) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_.empty()) return;
+    queue_.push_back(slot);
+    if (is_running_ || queue_.size() > 1) return;  // awake already
+  }
+  work_.notify_one();
+}
+
+void CommitWorker::wait_idle() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  idle_.wait(lock, [this] { return queue_.empty() && !is_running_; });
+}
+
+std::string CommitWorker::error() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return error_;
+}
+
+void CommitWorker::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    work_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
+    const std::uint32_t slot = queue_.front();
+    queue_.pop_front();
+    is_running_ = true;
+    lock.unlock();
+    std::string error;
+    try {
+      commit_(slot);
+    } catch (const std::exception& failure) {
+      error = failure.what();
+    }
+    lock.lock();
+    is_running_ = false;
+    if (!error.empty()) {
+      error_ = error;
+      queue_.clear();
+    }
+    if (queue_.empty()) idle_.notify_all();
+  }
+}
+
+}  // namespace vmalloc

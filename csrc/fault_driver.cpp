@@ -1,0 +1,59 @@
+#include "fault_driver.h"
+
+#include "error.h"
+
+namespace vmalloc {
+
+void FaultDriver::fail_call(std::uint64_t call, Fault fault) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  fault_ = fault;
+  fail_at_ = call;
+  num_calls_ = 0;
+}
+
+std::uint64_t FaultDriver::num_calls() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return num_calls_;
+}
+
+void FaultDriver::hold_fences(bool hold) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  hold_ = hold;
+  if (!hold) passed_ = next_fence_ - 1;
+}
+
+std::optional<Address> FaultDriver::try_reserve(std::size_t bytes) {
+  if (is_due("reserve")) return std::nullopt;
+  return inner_->try_reserve(bytes);
+}
+
+std::optional<PageHandle> FaultDriver::try_create_page(std::uint32_t index) {
+  if (is_due("create")) return std::nullopt;
+  return inner_->try_create_page(index);
+}
+
+bool FaultDriver::try_map(Address address, const PageHandle* pages, std::size_t num_pages,
+                          Access access) {
+  if (is_due("map")) return false;
+  return inner_->try_map(address, pages, num_pages, access);
+}
+
+Fence FaultDriver::record_fence(Stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!hold_) return 0;
+  return next_fence_++;
+}
+
+bool FaultDriver::fence_passed(Fence fence) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return fence <= passed_;
+}
+
+bool FaultDriver::is_due(const char* call) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (num_calls_++ != fail_at_ || fault_ == Fault::kNone) return false;
+  if (fault_ == Fault::kError) throw DriverError(call, -1, "INJECTED", "fault injection");
+  return true;
+}
+
+}  // namespace vmalloc

@@ -1,0 +1,294 @@
+// host_driver.cpp: physical pages on the CPU: one memfd whose pages are mapped with MAP_FIXED.
+// Owns: the memfd.  Thread-safety: as driver.h; one mutex guards the run table.
+//
+// The only file that names mmap or memfd. A reservation is read-only private memory that nothing
+// backs: reading it gives the zero page, writing it faults, and it costs nothing. Every page sits
+// at file offset index * page_bytes, so pages with neighbouring indices merge into one kernel
+// mapping (VMA); the number of those is limited per process (vm.max_map_count) and past the limit
+// even malloc fails, so this driver keeps its own count and refuses early.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "driver.h"
+#include "error.h"
+
+#ifndef MADV_POPULATE_READ  // Linux 5.14; older C libraries lack the name
+#define MADV_POPULATE_READ 22
+#endif
+
+namespace vmalloc {
+namespace {
+
+constexpr std::size_t kDefaultMaxMapCount = 65530;
+
+DriverError last_error(const char* call, const std::string& detail = "") {
+  const int code = errno;
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 32)
+  const char* symbol = strerrorname_np(code);
+#else
+  const char* symbol = std::strerror(code);
+#endif
+  return DriverError(call, code, symbol != nullptr ? symbol : "?", detail);
+}
+
+bool is_out_of_memory(int code) { return code == ENOMEM || code == ENOSPC || code == EAGAIN; }
+
+std::size_t read_max_map_count() {
+  std::ifstream file("/proc/sys/vm/max_map_count");
+  std::size_t count = 0;
+  return file >> count ? count : kDefaultMaxMapCount;
+}
+
+std::size_t count_process_mappings() {
+  std::ifstream file("/proc/self/maps");
+  std::size_t count = 0;
+  for (std::string line; std::getline(file, line);) ++count;
+  return count;
+}
+
+/// Kernel mappings we may make: 80% of what the process has left, so that malloc never starves.
+std::size_t mapping_budget() {
+  const std::size_t limit = read_max_map_count() * 8 / 10;
+  const std::size_t used = count_process_mappings();
+  return limit > used ? limit - used : 0;
+}
+
+/// Address ranges that the kernel holds as one mapping each.
+class RunTable {
+ public:
+  void insert(Address address, std::size_t bytes, std::uint64_t offset) {
+    auto next = runs_.lower_bound(address);
+    if (next != runs_.begin()) {
+      auto previous = std::prev(next);
+      if (previous->first + previous->second.bytes == address &&
+          previous->second.offset + previous->second.bytes == offset) {
+        address = previous->first;
+        offset = previous->second.offset;
+        bytes += previous->second.bytes;
+        runs_.erase(previous);
+      }
+    }
+    if (next != runs_.end() && address + bytes == next->first &&
+        offset + bytes == next->second.offset) {
+      bytes += next->second.bytes;
+      runs_.erase(next);
+    }
+    runs_[address] = Run{bytes, offset};
+  }
+
+  void erase(Address address, std::size_t bytes) {
+    const Address end = address + bytes;
+    auto run = runs_.upper_bound(address);
+    if (run != runs_.begin()) --run;
+    while (run != runs_.end() && run->first < end) {
+      const Address run_begin = run->first;
+      const Address run_end = run_begin + run->second.bytes;
+      const std::uint64_t offset = run->second.offset;
+      if (run_end <= address) {
+        ++run;
+        continue;
+      }
+      run = runs_.erase(run);
+      if (run_begin < address) runs_[run_begin] = Run{address - run_begin, offset};
+      if (run_end > end) runs_[end] = Run{run_end - end, offset + (end - run_begin)};
+    }
+  }
+
+  [[nodiscard]] std::size_t size() const { return runs_.size(); }
+
+ private:
+  struct Run {
+    std::size_t bytes;
+    std::uint64_t offset;
+  };
+  std::map<Address, Run> runs_;
+};
+
+class HostDriver final : public Driver {
+ public:
+  explicit HostDriver(std::size_t page_bytes)
+      : granularity_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))), page_bytes_(page_bytes) {
+    check_page_bytes("host", page_bytes, granularity_);
+    mapping_budget_ = mapping_budget();
+    fd_ = memfd_create("vmalloc", MFD_CLOEXEC);
+    if (fd_ < 0) throw last_error("memfd_create");
+  }
+
+  ~HostDriver() override { close(fd_); }
+
+  const char* name() const override { return "host"; }
+  std::size_t granularity() const override { return granularity_; }
+  std::size_t page_bytes() const override { return page_bytes_; }
+
+  std::optional<Address> try_reserve(std::size_t bytes) override {
+    // mmap aligns to the system page only, so take one page more and cut both ends.
+    const std::size_t padded = bytes + page_bytes_;
+    if (padded < bytes) return std::nullopt;
+    void* raw = mmap(nullptr, padded, PROT_READ, kReservationFlags, -1, 0);
+    if (raw == MAP_FAILED) {
+      if (is_out_of_memory(errno)) return std::nullopt;
+      throw last_error("mmap", "reserving " + std::to_string(bytes) + " bytes");
+    }
+    const Address begin = reinterpret_cast<Address>(raw);
+    const Address address = (begin + page_bytes_ - 1) / page_bytes_ * page_bytes_;
+    if (address > begin) munmap(raw, address - begin);
+    const Address end = begin + padded;
+    if (end > address + bytes) munmap(to_pointer(address + bytes), end - address - bytes);
+    madvise(to_pointer(address), bytes, MADV_DONTFORK);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++num_reservations_;
+    return address;
+  }
+
+  void release(Address address, std::size_t bytes) override {
+    if (munmap(to_pointer(address), bytes) != 0) throw last_error("munmap");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --num_reservations_;
+  }
+
+  std::optional<PageHandle> try_create_page(std::uint32_t index) override {
+    const auto offset = static_cast<off_t>(index) * static_cast<off_t>(page_bytes_);
+    // fallocate takes the memory here and zeroed, so that lack of it is an answer, not a SIGBUS.
+    int status = 0;
+    do {
+      status = fallocate(fd_, 0, offset, static_cast<off_t>(page_bytes_));
+    } while (status != 0 && errno == EINTR);
+    if (status != 0) {
+      if (is_out_of_memory(errno) || errno == EFBIG) return std::nullopt;
+      throw last_error("fallocate");
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++counters_.create_calls;
+    return index;
+  }
+
+  void destroy_page(PageHandle page) override {
+    const auto offset = static_cast<off_t>(page) * static_cast<off_t>(page_bytes_);
+    if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset,
+                  static_cast<off_t>(page_bytes_)) != 0) {
+      throw last_error("fallocate(PUNCH_HOLE)");
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++counters_.destroy_calls;
+  }
+
+  bool try_map(Address address, const PageHandle* pages, std::size_t num_pages,
+               Access access) override {
+    std::size_t num_mapped = 0;
+    while (num_mapped < num_pages) {
+      const std::size_t run = contiguous_pages(pages + num_mapped, num_pages - num_mapped);
+      if (!try_map_run(address + num_mapped * page_bytes_, pages[num_mapped], run, access)) {
+        const int code = errno;
+        if (num_mapped > 0) unmap(address, num_mapped);
+        errno = code;
+        if (is_out_of_memory(code)) return false;
+        throw last_error("mmap", "mapping " + std::to_string(run) + " pages");
+      }
+      num_mapped += run;
+    }
+    return true;
+  }
+
+  void unmap(Address address, std::size_t num_pages) override {
+    const std::size_t bytes = num_pages * page_bytes_;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (mmap(to_pointer(address), bytes, PROT_READ, kReservationFlags | MAP_FIXED, -1, 0) ==
+        MAP_FAILED) {
+      throw last_error("mmap", "unmapping " + std::to_string(num_pages) + " pages");
+    }
+    madvise(to_pointer(address), bytes, MADV_DONTFORK);
+    runs_.erase(address, bytes);
+    ++counters_.unmap_calls;
+  }
+
+  void zero(Address address, std::size_t bytes) override {
+    std::memset(to_pointer(address), 0, bytes);
+  }
+
+  // CPU kernels have finished when their call returns, so a fence has passed when it is recorded.
+  Fence record_fence(Stream) override { return 0; }
+  bool fence_passed(Fence) override { return true; }
+
+  MemoryInfo memory_info() const override {
+    struct sysinfo info{};
+    if (sysinfo(&info) != 0) throw last_error("sysinfo");
+    return {static_cast<std::size_t>(info.freeram + info.bufferram) * info.mem_unit,
+            static_cast<std::size_t>(info.totalram) * info.mem_unit};
+  }
+
+  DriverCounters counters() const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return counters_;
+  }
+
+ private:
+  static constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+
+  static void* to_pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+  static std::size_t contiguous_pages(const PageHandle* pages, std::size_t num_pages) {
+    std::size_t run = 1;
+    while (run < num_pages && pages[run] == pages[0] + run) ++run;
+    return run;
+  }
+
+  /// False with errno set. A run costs at most two kernel mappings: itself and the gap after it.
+  bool try_map_run(Address address, PageHandle first, std::size_t num_pages, Access access) {
+    const std::size_t bytes = num_pages * page_bytes_;
+    const std::uint64_t offset = first * page_bytes_;
+    const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (2 * (runs_.size() + 1) + num_reservations_ > mapping_budget_) {
+        errno = ENOMEM;
+        return false;
+      }
+      if (mmap(to_pointer(address), bytes, protection, MAP_SHARED | MAP_FIXED, fd_,
+               static_cast<off_t>(offset)) == MAP_FAILED) {
+        return false;
+      }
+      // A forked child must not write into our pages.
+      madvise(to_pointer(address), bytes, MADV_DONTFORK);
+      runs_.insert(address, bytes, offset);
+      ++counters_.map_calls;
+    }
+    // The page exists already, so this only fills page tables; where the kernel is too old for it
+    // the first touch does the same.
+    madvise(to_pointer(address), bytes, MADV_POPULATE_READ);
+    return true;
+  }
+
+  std::size_t granularity_;
+  std::size_t page_bytes_;
+  std::size_t mapping_budget_ = 0;
+  int fd_ = -1;
+  mutable std::mutex mutex_;
+  RunTable runs_;
+  std::size_t num_reservations_ = 0;
+  DriverCounters counters_;
+};
+
+}  // namespace
+
+std::shared_ptr<Driver> make_host_driver(std::size_t page_bytes) {
+  return std::make_shared<HostDriver>(page_bytes);
+}
+
+void check_page_bytes(const char* driver, std::size_t page_bytes, std::size_t granularity) {
+  if (page_bytes == 0 || page_bytes % granularity != 0) {
+    throw ConfigError("page_bytes is " + std::to_string(page_bytes) +
+                      "; it must be a multiple of the " + driver + " driver's granularity, " +
+                      std::to_string(granularity));
+  }
+}
+
+}  // namespace vmalloc

@@ -1,0 +1,256 @@
+#include "page_pool.h"
+
+#include <string>
+#include <utility>
+
+#include "error.h"
+
+namespace vmalloc {
+
+namespace {
+/// Page numbers may outgrow the cap by this factor, so that sequences that grow side by side can
+/// each have an extent of their own; numbers cost a few bytes and no memory stands behind them.
+constexpr std::size_t kNumbersPerPage = 4;
+}  // namespace
+
+PagePool::PagePool(std::shared_ptr<Driver> driver, std::size_t max_pages)
+    : driver_(std::move(driver)), max_pages_(max_pages) {}
+
+PagePool::~PagePool() {
+  if (guard_.is_forked_child()) return;  // the pages are the parent's
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (PageId page = 0; page < pages_.size(); ++page) {
+    if (absent_.contains(page)) continue;
+    try {
+      driver_->destroy_page(pages_[page].handle);
+    } catch (const DriverError&) {
+      // A driver that is gone at exit has taken its pages with it.
+    }
+  }
+}
+
+bool PagePool::try_acquire(std::size_t num_pages, PageId after, PageId* pages, bool* any_used) {
+  std::vector<PageId> to_create;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!claim(num_pages, after, pages, &to_create, any_used)) return false;
+  }
+  std::size_t num_created = 0;
+  try {
+    for (; num_created < to_create.size(); ++num_created) {
+      const PageId page = to_create[num_created];
+      const std::optional<PageHandle> handle = driver_->try_create_page(page);
+      if (!handle) break;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      pages_[page].handle = *handle;
+    }
+  } catch (...) {
+    undo_claim(pages, num_pages, to_create, num_created);
+    throw;
+  }
+  if (num_created == to_create.size()) return true;
+  undo_claim(pages, num_pages, to_create, num_created);
+  return false;
+}
+
+bool PagePool::claim(std::size_t num_pages, PageId after, PageId* pages,
+                     std::vector<PageId>* to_create, bool* any_used) {
+  const std::size_t creatable = max_pages_ > num_created_ ? max_pages_ - num_created_ : 0;
+  if (num_pages > free_.size() + creatable) return false;
+  for (std::size_t i = 0; i < num_pages; ++i) {
+    PageId page = claim_free(after);
+    if (page == kNoPage) {
+      page = claim_absent(after);
+      to_create->push_back(page);
+      ++num_created_;
+    }
+    Page& entry = pages_[page];
+    if (entry.was_used) *any_used = true;
+    entry.live = 1;
+    ++num_in_use_;
+    pages[i] = after = page;
+  }
+  for (std::size_t i = 0; i < num_pages; ++i) pages_[pages[i]].was_used = true;
+  return true;
+}
+
+PageId PagePool::claim_free(PageId after) {
+  std::size_t page = ExtentMap::kNone;
+  if (after != kNoPage && free_.contains(after + 1)) page = after + 1;
+  if (page == ExtentMap::kNone) page = free_.find_whole_extent();
+  if (page == ExtentMap::kNone) page = free_.find_any();
+  if (page == ExtentMap::kNone) return kNoPage;
+  free_.erase(page);
+  return static_cast<PageId>(page);
+}
+
+PageId PagePool::claim_absent(PageId after) {
+  std::size_t page = ExtentMap::kNone;
+  if (after != kNoPage) {
+    if (after + 1 == pages_.size()) add_absent_extent();
+    if (absent_.contains(after + 1)) page = after + 1;
+  }
+  if (page == ExtentMap::kNone) page = absent_.find_whole_extent();
+  if (page == ExtentMap::kNone &&
+      (pages_.size() < kNumbersPerPage * max_pages_ || absent_.size() == 0)) {
+    page = pages_.size();
+    add_absent_extent();
+  }
+  if (page == ExtentMap::kNone) page = absent_.find_any();
+  absent_.erase(page);
+  return static_cast<PageId>(page);
+}
+
+void PagePool::add_absent_extent() {
+  for (std::size_t i = 0; i < ExtentMap::kExtent; ++i) {
+    absent_.insert(pages_.size());
+    pages_.emplace_back();
+  }
+}
+
+void PagePool::undo_claim(const PageId* pages, std::size_t num_pages,
+                          const std::vector<PageId>& to_create, std::size_t num_created) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (std::size_t i = num_created; i < to_create.size(); ++i) {
+    pages_[to_create[i]] = Page{};
+    absent_.insert(to_create[i]);
+    --num_created_;
+    --num_in_use_;
+  }
+  for (std::size_t i = 0; i < num_pages; ++i) {
+    if (absent_.contains(pages[i])) continue;
+    --pages_[pages[i]].live;
+    --num_in_use_;
+    free_if_unreferenced(pages[i]);
+  }
+}
+
+void PagePool::release(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Page& entry = pages_[page];
+  check_invariant(entry.live > 0, "a page is released that nobody holds");
+  if (--entry.live > 0) return;
+  --num_in_use_;
+  if (entry.retired > 0) ++num_retired_;
+  free_if_unreferenced(page);
+}
+
+void PagePool::retire(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Page& entry = pages_[page];
+  check_invariant(entry.live > 0, "a page is retired that nobody holds");
+  ++entry.retired;
+  if (--entry.live > 0) return;
+  --num_in_use_;
+  ++num_retired_;
+}
+
+void PagePool::restore(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Page& entry = pages_[page];
+  check_invariant(entry.retired > 0, "a page is restored that was not retired");
+  --entry.retired;
+  if (++entry.live > 1) return;
+  ++num_in_use_;
+  --num_retired_;
+}
+
+void PagePool::settle(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Page& entry = pages_[page];
+  check_invariant(entry.retired > 0, "a page is settled that was not retired");
+  if (--entry.retired > 0 || entry.live > 0) return;
+  --num_retired_;
+  free_if_unreferenced(page);
+}
+
+void PagePool::free_if_unreferenced(PageId page) {
+  const Page& entry = pages_[page];
+  if (entry.live > 0 || entry.retired > 0) return;
+  if (num_created_ > max_pages_) {
+    destroy(page);
+  } else {
+    free_.insert(page);
+  }
+}
+
+void PagePool::destroy(PageId page) {
+  driver_->destroy_page(pages_[page].handle);
+  pages_[page] = Page{};
+  absent_.insert(page);
+  --num_created_;
+}
+
+PageHandle PagePool::handle(PageId page) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return pages_[page].handle;
+}
+
+std::size_t PagePool::available() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return free_.size() + (max_pages_ > num_created_ ? max_pages_ - num_created_ : 0);
+}
+
+std::size_t PagePool::trim(std::size_t keep_free) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::size_t num_destroyed = 0;
+  while (free_.size() > keep_free) {
+    const auto page = static_cast<PageId>(free_.find_any());
+    free_.erase(page);
+    destroy(page);
+    ++num_destroyed;
+  }
+  return num_destroyed;
+}
+
+void PagePool::set_max_pages(std::size_t max_pages) {
+  std::size_t surplus = 0;
+  std::size_t num_free = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    max_pages_ = max_pages;
+    num_free = free_.size();
+    surplus = num_created_ > max_pages ? num_created_ - max_pages : 0;
+  }
+  trim(num_free > surplus ? num_free - surplus : 0);
+}
+
+PoolStats PagePool::stats() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return {num_created_, free_.size(), num_in_use_, num_retired_, max_pages_};
+}
+
+void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
+                                const std::vector<std::uint32_t>& retired) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check_invariant(num_created_ == free_.size() + num_in_use_ + num_retired_,
+                  "created == free + in_use + retired does not hold");
+  check_invariant(num_created_ + absent_.size() == pages_.size(),
+                  "created + absent is not the number of page numbers");
+  std::size_t num_in_use = 0, num_retired = 0;
+  for (PageId page = 0; page < pages_.size(); ++page) {
+    const Page& entry = pages_[page];
+    const std::uint32_t counted_live = page < live.size() ? live[page] : 0;
+    const std::uint32_t counted_retired = page < retired.size() ? retired[page] : 0;
+    if (entry.live != counted_live || entry.retired != counted_retired) {
+      throw InvariantError("page " + std::to_string(page) + " has " + std::to_string(entry.live) +
+                           " live and " + std::to_string(entry.retired) +
+                           " retired references in the pool, but slots count " +
+                           std::to_string(counted_live) + " and " +
+                           std::to_string(counted_retired));
+    }
+    if (entry.live > 0) {
+      ++num_in_use;
+    } else if (entry.retired > 0) {
+      ++num_retired;
+    }
+    check_invariant(free_.contains(page) + absent_.contains(page) +
+                            (entry.live + entry.retired > 0) ==
+                        1,
+                    "a page is not in exactly one of free, absent and referenced");
+  }
+  check_invariant(num_in_use == num_in_use_, "in_use is not the number of pages in use");
+  check_invariant(num_retired == num_retired_, "retired is not the number of retired pages");
+}
+
+}  // namespace vmalloc

@@ -1,0 +1,96 @@
+// page_pool.h: physical pages and who refers to them; the only ledger of free memory.
+// Owns: every page created through the driver.  Thread-safety: all methods, one mutex, which is
+// not held while the driver creates pages (slow).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "driver.h"
+#include "extent_map.h"
+#include "fork_guard.h"
+
+namespace vmalloc {
+
+using PageId = std::uint32_t;  ///< index into the pool, never an address
+constexpr PageId kNoPage = UINT32_MAX;
+
+struct PoolStats {  // num_created == num_free + num_in_use + num_retired
+  std::size_t num_created = 0;
+  std::size_t num_free = 0;
+  std::size_t num_in_use = 0;   ///< at least one live reference
+  std::size_t num_retired = 0;  ///< only references that wait for a fence
+  std::size_t max_pages = 0;    ///< cap on num_created
+};
+
+/// A page is referred to by live references (a slot that maps it for use) and by retired ones (a
+/// slot that still maps it only because a running kernel may read it). With neither it is free.
+class PagePool {
+ public:
+  PagePool(std::shared_ptr<Driver> driver, std::size_t max_pages);
+  ~PagePool();
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  /// Take `num_pages` with one live reference each, or none and return false. `after` is the page
+  /// mapped just before them (or kNoPage): its successors are preferred, because neighbours
+  /// cost the host driver one kernel mapping together. Sets `*any_used` if a page held data before.
+  [[nodiscard]] bool try_acquire(std::size_t num_pages, PageId after, PageId* pages,
+                                 bool* any_used);
+
+  void release(PageId page);  ///< Drop a live reference whose mapping is gone already.
+  void retire(PageId page);   ///< Turn a live reference into a retired one.
+  void restore(PageId page);  ///< Turn a retired reference back into a live one.
+  void settle(PageId page);   ///< Drop a retired reference: its fence passed and it is unmapped.
+
+  [[nodiscard]] PageHandle handle(PageId page) const;
+
+  /// Pages that try_acquire could hand out now, if the driver has the memory.
+  [[nodiscard]] std::size_t available() const;
+
+  /// Destroy free pages until `keep_free` are left; the number destroyed.
+  std::size_t trim(std::size_t keep_free);
+
+  /// Move the cap. Pages in use beyond it are destroyed as they become free.
+  void set_max_pages(std::size_t max_pages);
+
+  [[nodiscard]] PoolStats stats() const;
+
+  /// Check the equation above and every page's references against what the caller counted.
+  /// Throws InvariantError. The vectors are indexed by PageId and may be shorter.
+  void check_invariants(const std::vector<std::uint32_t>& live,
+                        const std::vector<std::uint32_t>& retired) const;
+
+ private:
+  struct Page {
+    PageHandle handle = 0;
+    std::uint32_t live = 0;
+    std::uint32_t retired = 0;
+    bool was_used = false;  // contents are no longer the driver's zeros
+  };
+
+  [[nodiscard]] bool claim(std::size_t num_pages, PageId after, PageId* pages,
+                           std::vector<PageId>* to_create, bool* any_used);
+  [[nodiscard]] PageId claim_free(PageId after);
+  [[nodiscard]] PageId claim_absent(PageId after);
+  void add_absent_extent();
+  void undo_claim(const PageId* pages, std::size_t num_pages,
+                  const std::vector<PageId>& to_create, std::size_t num_created);
+  void free_if_unreferenced(PageId page);
+  void destroy(PageId page);
+
+  std::shared_ptr<Driver> driver_;
+  ForkGuard guard_;
+  mutable std::mutex mutex_;
+  std::deque<Page> pages_;
+  ExtentMap free_;    // created, no reference
+  ExtentMap absent_;  // numbers that no created page has
+  std::size_t num_created_ = 0, num_in_use_ = 0, num_retired_ = 0;
+  std::size_t max_pages_;
+};
+
+}  // namespace vmalloc

@@ -1,0 +1,40 @@
+// slot.h: the books of one sequence slot: which pages back it, and which of those are still needed.
+// Owns: nothing; page references are counted in the pool.  Thread-safety: none; the arena locks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "page_pool.h"
+
+namespace vmalloc {
+
+using Epoch = std::uint64_t;  ///< engine step number, monotonic; 0 is before the first step
+
+enum class SlotState : std::uint8_t { kIdle, kLive };
+
+/// The pages of one slot in one region, mapped side by side from the slot's first address on.
+struct SlotPages {
+  std::vector<PageId> pages;           ///< held ones first, then retired ones
+  std::vector<Epoch> retired_epochs;   ///< when each retired page was last readable
+  std::size_t num_exposed = 0;         ///< pages that a kernel may have read since they were mapped
+
+  [[nodiscard]] std::size_t num_held() const { return pages.size() - retired_epochs.size(); }
+};
+
+struct Slot {
+  SlotState state = SlotState::kIdle;
+  bool in_flight = false;       ///< the worker maps pages for it right now, outside the lock
+  bool is_queued = false;       ///< waits in the worker's queue
+  std::size_t num_rows = 0;     ///< rows of a live slot that hold data
+  std::size_t wanted_rows = 0;  ///< rows that reclaim must leave backed, or the worker should back
+  std::size_t commit_rows = 0;  ///< num_rows may grow to this without needing another page
+  std::size_t ready_rows = 0;   ///< ... and to this without needing one that is not mapped
+  Epoch last_use = 0;           ///< of an idle slot: last step whose kernels may read its pages
+  std::uint64_t parked_at = 0;  ///< order in which slots became idle
+  std::size_t idle_key = 0;     ///< pages mapped, as the arena's index of idle slots knows it
+  std::vector<SlotPages> regions;
+};
+
+}  // namespace vmalloc
