@@ -112,8 +112,8 @@ class Scratch {
 // Keys that queries at positions [first, first + count) see, summed over them.
 std::int64_t visible_keys(const AttentionArgs& args, std::int64_t first, std::int64_t count) {
   const std::int64_t mean = first + (count + 1) / 2;
-  const std::int64_t seen =
-      args.window_left >= 0 ? std::min(mean, args.window_left + 1) : std::max<std::int64_t>(mean, 1);
+  const std::int64_t seen = args.window_left >= 0 ? std::min(mean, args.window_left + 1)
+                                                  : std::max<std::int64_t>(mean, 1);
   return seen * count;
 }
 
@@ -256,8 +256,8 @@ void varlen_attention(const AttentionArgs& args) {
               [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
   }
   const std::size_t participants = std::min(threads, tasks.size());
-  const auto floats = static_cast<std::size_t>(
-      scratch_layout(most_rows, args.k_head_dim, args.v_head_dim).size);
+  const auto floats =
+      static_cast<std::size_t>(scratch_layout(most_rows, args.k_head_dim, args.v_head_dim).size);
   thread_local Scratch scratch;
   float* memory = scratch.reserve(floats * participants);
   const AttentionTask* claimed = tasks.data();
@@ -280,9 +280,8 @@ void append_kv(const AppendArgs& args) {
     }
   };
   const std::int64_t new_rows = batch.batch > 0 ? batch.cu_seqlens_q[batch.batch] : 0;
-  const auto bytes =
-      static_cast<std::size_t>(new_rows * args.num_kv_heads * (args.k_head_dim + args.v_head_dim) *
-                               args.element_bytes);
+  const auto bytes = static_cast<std::size_t>(
+      new_rows * args.num_kv_heads * (args.k_head_dim + args.v_head_dim) * args.element_bytes);
   const std::size_t threads = bytes >= kAppendBytesWorthSharing ? num_threads() : 1;
   parallel_for(static_cast<std::size_t>(batch.batch), threads, append);
 }

@@ -71,10 +71,10 @@ struct AppendArgs {
 
 /// Attend each query to the rows of its own sequence up to its own position; padding rows give 0.
 ///
-/// A row's result is the same to the last bit whatever else the batch holds, however the sequence is
-/// cut into calls, whatever the slot and the number of threads (on one instruction set).
-/// Reads rows [0, seqused_k) only.
-/// Throws ConfigError on shapes it cannot run and on an index out of range.
+/// A row's result is the same to the last bit whatever else the batch holds, however the sequence
+/// is cut into calls, whatever the slot and the number of threads (on one instruction set). Reads
+/// rows [0, seqused_k) only. Throws ConfigError on shapes it cannot run and on an index out of
+/// range.
 void varlen_attention(const AttentionArgs& args);
 
 /// Copy the packed new rows to rows [seqused_k - q_len, seqused_k) of their slots.

@@ -38,9 +38,7 @@ inline Vec vabs(Vec x) { return _mm512_andnot_ps(vset(-0.0F), x); }
 inline Vec vcopysign(Vec x, Vec sign) {
   return _mm512_or_ps(vabs(x), _mm512_and_ps(vset(-0.0F), sign));
 }
-inline Vec viota() {
-  return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+inline Vec viota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // 2^n, where n was put into the low mantissa bits of `shifted` by adding 1.5 * 2^23.
 inline Vec vpow2(Vec shifted) {

@@ -1,14 +1,14 @@
-// attention_kernel.inl: tiled causal attention with an online softmax, written once for all vectors.
-// Owns: nothing.  Thread-safety: pure functions over the caller's scratch memory.
+// attention_kernel.inl: tiled causal attention with an online softmax, written once for all
+// vectors. Owns: nothing.  Thread-safety: pure functions over the caller's scratch memory.
 //
 // Included after Vec, kLanes, kAccumulators, Bf16 and the v* operations of one instruction set.
 //
 // Why a row's result never depends on its neighbours: a K tile is transposed first, so that each
 // vector lane belongs to one key and a score is one chain of multiply-adds over head_dim; an output
-// element is one chain over the row's own keys, in order, skipping (not multiplying by zero) keys it
-// does not see. How many rows share the loads of a pass changes neither chain. A decode step is the
-// same code on one position. Multiply-adds are written as vfma throughout: where a compiler may fuse
-// a product and a sum by itself, two instantiations could round differently.
+// element is one chain over the row's own keys, in order, skipping (not multiplying by zero) keys
+// it does not see. How many rows share the loads of a pass changes neither chain. A decode step is
+// the same code on one position. Multiply-adds are written as vfma throughout: where a compiler may
+// fuse a product and a sum by itself, two instantiations could round differently.
 
 namespace vmalloc {
 namespace {
@@ -47,7 +47,7 @@ inline void from_float(float x, Bf16* out) {
 // e^x for x <= 88; 0 below the smallest normal number. Cephes' polynomial, within 1 ulp or so.
 inline Vec vexp(Vec x) {
   const Vec smallest = vset(-87.336544F);
-  const Vec magic = vset(12582912.0F);  // 1.5 * 2^23: rounds a sum to an integer
+  const Vec magic = vset(12582912.0F);    // 1.5 * 2^23: rounds a sum to an integer
   const Vec clamped = vmax(smallest, x);  // a NaN in x stays
   const Vec shifted = vfma(clamped, vset(1.44269504F), magic);
   const Vec n = vsub(shifted, magic);
@@ -81,11 +81,6 @@ inline Vec vtanh(Vec x) {
 
 const float kZeroRow[kMaxHeadDim] = {};
 
-inline void prefetch_row(const void* row, std::int64_t offset, std::int64_t bytes) {
-  const char* line = static_cast<const char*>(row) + offset;
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-}
-
 // One head of K or V over one tile of keys; only rows [begin, end) of the tile may be read.
 template <typename T>
 struct TileSource {
@@ -94,9 +89,25 @@ struct TileSource {
   std::int64_t head_dim;
   int begin;
   int end;
-  int ahead_end;  // rows of the next tile worth fetching early
 
   const T* row(int key) const { return row0 + key * row_stride; }
+};
+
+// Rows that the next visit will read, fetched while this one computes: a decode step reads every
+// row once, from memory, at strides that hardware prefetchers follow badly.
+template <typename T>
+struct NextRows {
+  const T* row0;
+  std::int64_t row_stride;
+  int end;  // 0: nothing to fetch
+
+  __attribute__((always_inline)) void fetch(int key, std::int64_t first_dim,
+                                            std::int64_t dims) const {
+    if (key >= end) return;
+    const char* line = reinterpret_cast<const char*>(row0 + key * row_stride + first_dim);
+    const std::int64_t bytes = dims * static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+  }
 };
 
 inline void store_dims(const Vec* word, const float*, float* out) {
@@ -111,10 +122,7 @@ inline void store_dims(const Vec* word, const Bf16*, float* out) {
 
 // Transpose K rows into keys[head_dim][kTileKeys] as float; keys outside [begin, end) become zero.
 template <typename T>
-void pack_keys(const TileSource<T>& source, float* keys) {
-  const std::int64_t row_bytes = source.head_dim * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t tile_bytes =
-      kTileKeys * source.row_stride * static_cast<std::int64_t>(sizeof(T));
+void pack_keys(const TileSource<T>& source, const NextRows<T>& next, float* keys) {
   constexpr int kDims = 16 / static_cast<int>(sizeof(T));
   for (int group = source.begin / kLanes * kLanes; group < source.end; group += kLanes) {
     const void* rows[kLanes];
@@ -122,7 +130,7 @@ void pack_keys(const TileSource<T>& source, float* keys) {
       const int key = group + i;
       const bool readable = key >= source.begin && key < source.end;
       rows[i] = readable ? static_cast<const void*>(source.row(key)) : kZeroRow;
-      if (key < source.ahead_end) prefetch_row(source.row(key), tile_bytes, row_bytes);
+      next.fetch(key, 0, source.head_dim);
     }
     float* out = keys + group;
     for (std::int64_t dim = 0; dim < source.head_dim; dim += kDims) {
@@ -135,10 +143,12 @@ void pack_keys(const TileSource<T>& source, float* keys) {
 
 // Copy V rows [begin, end) into values[kTileKeys][v_stride] as float.
 template <typename T>
-void pack_values(const TileSource<T>& source, float* values, std::int64_t v_stride) {
+void pack_values(const TileSource<T>& source, const NextRows<T>& next, float* values,
+                 std::int64_t v_stride) {
   const std::int64_t whole = source.head_dim / kLanes * kLanes;
   for (int key = source.begin; key < source.end; ++key) {
     const T* row = source.row(key);
+    next.fetch(key, 0, source.head_dim);
     float* out = values + key * v_stride;
     for (std::int64_t dim = 0; dim < whole; dim += kLanes) {
       vstore(out + dim, load_values(row + dim));
@@ -235,18 +245,30 @@ inline Vec load_column(const T* p) {
   }
 }
 
-// out[r] += sum over keys [begin, end) of weights[r][key] * values[key], C vectors of columns.
+// Rows of V as a tile's weights meet them: the cache's own or packed ones.
+template <typename T>
+struct ValueRows {
+  const T* row0;
+  std::int64_t row_stride;
+  std::int64_t dims;
+  NextRows<T> next;
+};
+
+// out[r] += sum over keys [begin, end) of weights[r][key] * values[key], for C vectors of columns
+// from `dim` on.
 template <int R, int C, bool kHalf, typename T>
-void accumulate_columns(const float* weights, const T* values, std::int64_t row_stride, int begin,
-                        int end, float* out, std::int64_t out_stride) {
+void accumulate_columns(const float* weights, const ValueRows<T>& values, std::int64_t dim,
+                        int begin, int end, float* out, std::int64_t out_stride) {
   Vec sum[R][C];
+  out += dim;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sum[r][c] = vload(out + r * out_stride + c * kLanes);
   }
-  const T* row = values + begin * row_stride;
-  for (int key = begin; key < end; ++key, row += row_stride) {
+  const T* row = values.row0 + begin * values.row_stride + dim;
+  for (int key = begin; key < end; ++key, row += values.row_stride) {
+    values.next.fetch(key, dim, C * kLanes);
     Vec v[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) v[c] = load_column<kHalf>(row + c * kLanes);
@@ -265,19 +287,16 @@ void accumulate_columns(const float* weights, const T* values, std::int64_t row_
 }
 
 template <int R, int C, typename T>
-void accumulate_rows(const float* weights, const T* values, std::int64_t row_stride,
-                     std::int64_t dims, int begin, int end, float* out, std::int64_t out_stride) {
-  while (dims >= C * kLanes) {
-    accumulate_columns<R, C, false>(weights, values, row_stride, begin, end, out, out_stride);
-    values += C * kLanes;
-    out += C * kLanes;
-    dims -= C * kLanes;
+void accumulate_rows(const float* weights, const ValueRows<T>& values, std::int64_t dim, int begin,
+                     int end, float* out, std::int64_t out_stride) {
+  for (; values.dims - dim >= C * kLanes; dim += C * kLanes) {
+    accumulate_columns<R, C, false>(weights, values, dim, begin, end, out, out_stride);
   }
-  if (dims == 0) return;
+  if (dim == values.dims) return;
   if constexpr (C > 1) {
-    accumulate_rows<R, C / 2>(weights, values, row_stride, dims, begin, end, out, out_stride);
+    accumulate_rows<R, C / 2>(weights, values, dim, begin, end, out, out_stride);
   } else {
-    accumulate_columns<R, 1, true>(weights, values, row_stride, begin, end, out, out_stride);
+    accumulate_columns<R, 1, true>(weights, values, dim, begin, end, out, out_stride);
   }
 }
 
@@ -345,45 +364,48 @@ class TaskRunner {
                        std::int64_t head) const {
     const T* row0 = static_cast<const T*>(cache.data) + task_.slot * cache.slot_stride +
                     tile * cache.row_stride + (task_.first_kv_head + head) * cache.head_stride;
-    return {row0,
-            cache.row_stride,
-            head_dim,
-            clamp_to_tile(first_key_ - tile),
-            clamp_to_tile(end_key_ - tile),
-            // A prefill reads a tile many times and from cache; only a lone block waits for memory.
-            head_rows_ <= kBlockRows ? clamp_to_tile(end_key_ - tile - kTileKeys) : 0};
+    return {row0, cache.row_stride, head_dim, clamp_to_tile(first_key_ - tile),
+            clamp_to_tile(end_key_ - tile)};
+  }
+
+  // The rows of the visit after (tile, head). A prefill reads them many times, so it does not ask.
+  NextRows<T> next_rows(const CacheRows& cache, std::int64_t tile, std::int64_t head) const {
+    const bool same_tile = head + 1 < task_.num_kv_heads;
+    if (!same_tile) tile += kTileKeys;
+    if (task_.num_positions > 1 || tile >= end_key_) return {nullptr, 0, 0};
+    const TileSource<T> next = source(cache, 0, tile, same_tile ? head + 1 : 0);
+    return {next.row0, next.row_stride, next.end};
   }
 
   void visit_tile(std::int64_t tile, std::int64_t head) {
-    const TileSource<T> k = source(args_.k_cache, args_.k_head_dim, tile, head);
     const TileSource<T> v = source(args_.v_cache, args_.v_head_dim, tile, head);
-    pack_keys(k, at(layout_.keys));
-    const std::int64_t num_blocks = (head_rows_ + kBlockRows - 1) / kBlockRows;
+    const NextRows<T> next_v = next_rows(args_.v_cache, tile, head);
+    pack_keys(source(args_.k_cache, args_.k_head_dim, tile, head),
+              next_rows(args_.k_cache, tile, head), at(layout_.keys));
     const std::int64_t first_row = head * head_rows_;
-    if (num_blocks > 1) pack_values(v, at(layout_.values), layout_.v_stride);
+    if (head_rows_ <= kBlockRows) {
+      const ValueRows<T> values = {v.row0, v.row_stride, v.head_dim, next_v};
+      visit_block(tile, first_row, 0, head_rows_, values);
+      return;
+    }
+    pack_values(v, next_v, at(layout_.values), layout_.v_stride);
+    const ValueRows<float> values = {
+        at(layout_.values), layout_.v_stride, layout_.v_stride, {nullptr, 0, 0}};
+    const std::int64_t num_blocks = (head_rows_ + kBlockRows - 1) / kBlockRows;
     for (std::int64_t block = 0; block < num_blocks; ++block) {
-      const std::int64_t begin = block * head_rows_ / num_blocks;
-      const std::int64_t end = (block + 1) * head_rows_ / num_blocks;
-      if (num_blocks > 1) {
-        visit_block(tile, first_row, begin, end, at(layout_.values), layout_.v_stride,
-                    layout_.v_stride);
-      } else {
-        for (int key = 0; key < v.ahead_end; ++key) {
-          prefetch_row(v.row(key), kTileKeys * v.row_stride * static_cast<std::int64_t>(sizeof(T)),
-                       v.head_dim * static_cast<std::int64_t>(sizeof(T)));
-        }
-        visit_block(tile, first_row, begin, end, v.row0, v.row_stride, v.head_dim);
-      }
+      visit_block(tile, first_row, block * head_rows_ / num_blocks,
+                  (block + 1) * head_rows_ / num_blocks, values);
     }
   }
 
   // Rows [begin, end) of one head's rows, which start at `first_row`, against one tile.
   template <typename V>
   void visit_block(std::int64_t tile, std::int64_t first_row, std::int64_t begin, std::int64_t end,
-                   const V* values, std::int64_t row_stride, std::int64_t dims) {
+                   const ValueRows<V>& values) {
     int first[kBlockRows];
     int last[kBlockRows];
-    // Rows that see nothing of this tile: those before it lead, those whose window is past it trail.
+    // Rows that see nothing of this tile: those before it lead, those whose window is past it
+    // trail.
     int num_rows = 0;
     std::int64_t row = begin;
     for (std::int64_t i = begin; i < end; ++i) {
@@ -398,14 +420,12 @@ class TaskRunner {
       last[num_rows] = to;
       ++num_rows;
     }
-    if (num_rows > 0) {
-      attend(first_row + row, num_rows, first, last, values, row_stride, dims);
-    }
+    if (num_rows > 0) attend(first_row + row, num_rows, first, last, values);
   }
 
   template <typename V>
-  void attend(std::int64_t row, int num_rows, const int* first, const int* last, const V* values,
-              std::int64_t row_stride, std::int64_t dims) {
+  void attend(std::int64_t row, int num_rows, const int* first, const int* last,
+              const ValueRows<V>& values) {
     float* scores = at(layout_.scores);
     float* out = at(layout_.out) + row * layout_.v_stride;
     // Positions ascend within the block, and so do both bounds.
@@ -420,8 +440,7 @@ class TaskRunner {
       if (factor != 1.0F) scale_row(out + r * layout_.v_stride, factor);
     }
     const auto alone = [&](int r, int from, int to) {
-      accumulate_rows<1, columns_for(1, 8)>(scores + r * kTileKeys, values, row_stride, dims, from,
-                                            to, out + r * layout_.v_stride, layout_.v_stride);
+      accumulate_block<1>(scores + r * kTileKeys, values, from, to, out + r * layout_.v_stride);
     };
     const bool shares = shared_begin < shared_end;
     for (int r = 0; r < num_rows; ++r) {
@@ -429,7 +448,7 @@ class TaskRunner {
       if (first[r] < to) alone(r, first[r], to);
     }
     if (!shares) return;
-    accumulate(num_rows, scores, values, row_stride, dims, shared_begin, shared_end, out);
+    accumulate(num_rows, scores, values, shared_begin, shared_end, out);
     for (int r = 0; r < num_rows; ++r) {
       if (shared_end < last[r]) alone(r, shared_end, last[r]);
     }
@@ -445,32 +464,43 @@ class TaskRunner {
     const float* keys = at(layout_.keys);
     const std::int64_t dim = args_.k_head_dim;
     switch (num_rows) {
-      case 1: return score_rows<1>(query, dim, keys, num_vectors, scores);
-      case 2: return score_rows<2>(query, dim, keys, num_vectors, scores);
-      case 3: return score_rows<3>(query, dim, keys, num_vectors, scores);
-      case 4: return score_rows<4>(query, dim, keys, num_vectors, scores);
-      case 5: return score_rows<5>(query, dim, keys, num_vectors, scores);
-      default: return score_rows<6>(query, dim, keys, num_vectors, scores);
+      case 1:
+        return score_rows<1>(query, dim, keys, num_vectors, scores);
+      case 2:
+        return score_rows<2>(query, dim, keys, num_vectors, scores);
+      case 3:
+        return score_rows<3>(query, dim, keys, num_vectors, scores);
+      case 4:
+        return score_rows<4>(query, dim, keys, num_vectors, scores);
+      case 5:
+        return score_rows<5>(query, dim, keys, num_vectors, scores);
+      default:
+        return score_rows<6>(query, dim, keys, num_vectors, scores);
     }
   }
 
   template <int R, typename V>
-  void accumulate_block(const float* weights, const V* values, std::int64_t row_stride,
-                        std::int64_t dims, int begin, int end, float* out) const {
-    accumulate_rows<R, columns_for(R, 8)>(weights, values, row_stride, dims, begin, end, out,
-                                          layout_.v_stride);
+  void accumulate_block(const float* weights, const ValueRows<V>& values, int begin, int end,
+                        float* out) const {
+    accumulate_rows<R, columns_for(R, 8)>(weights, values, 0, begin, end, out, layout_.v_stride);
   }
 
   template <typename V>
-  void accumulate(int num_rows, const float* weights, const V* values, std::int64_t row_stride,
-                  std::int64_t dims, int begin, int end, float* out) const {
+  void accumulate(int num_rows, const float* weights, const ValueRows<V>& values, int begin,
+                  int end, float* out) const {
     switch (num_rows) {
-      case 1: return accumulate_block<1>(weights, values, row_stride, dims, begin, end, out);
-      case 2: return accumulate_block<2>(weights, values, row_stride, dims, begin, end, out);
-      case 3: return accumulate_block<3>(weights, values, row_stride, dims, begin, end, out);
-      case 4: return accumulate_block<4>(weights, values, row_stride, dims, begin, end, out);
-      case 5: return accumulate_block<5>(weights, values, row_stride, dims, begin, end, out);
-      default: return accumulate_block<6>(weights, values, row_stride, dims, begin, end, out);
+      case 1:
+        return accumulate_block<1>(weights, values, begin, end, out);
+      case 2:
+        return accumulate_block<2>(weights, values, begin, end, out);
+      case 3:
+        return accumulate_block<3>(weights, values, begin, end, out);
+      case 4:
+        return accumulate_block<4>(weights, values, begin, end, out);
+      case 5:
+        return accumulate_block<5>(weights, values, begin, end, out);
+      default:
+        return accumulate_block<6>(weights, values, begin, end, out);
     }
   }
 

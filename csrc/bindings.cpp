@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -157,10 +158,38 @@ void bind_drivers(py::module_& m) {
       .def_property_readonly("name", &Driver::name)
       .def_property_readonly("granularity", &Driver::granularity)
       .def_property_readonly("page_bytes", &Driver::page_bytes)
-      .def("memory_info", [](const Driver& driver) {
-        const MemoryInfo info = driver.memory_info();
-        return py::make_tuple(info.free_bytes, info.total_bytes);
-      });
+      .def("memory_info",
+           [](const Driver& driver) {
+             const MemoryInfo info = driver.memory_info();
+             return py::make_tuple(info.free_bytes, info.total_bytes);
+           })
+      .def("counters",
+           [](const Driver& driver) {
+             const DriverCounters counters = driver.counters();
+             py::dict result;
+             result["map_calls"] = counters.map_calls;
+             result["unmap_calls"] = counters.unmap_calls;
+             result["create_calls"] = counters.create_calls;
+             result["destroy_calls"] = counters.destroy_calls;
+             return result;
+           })
+      .def("try_reserve", &Driver::try_reserve, py::arg("num_bytes"), NoGil())
+      .def("release", &Driver::release, py::arg("address"), py::arg("num_bytes"), NoGil())
+      .def("try_create_page", &Driver::try_create_page, py::arg("index"), NoGil())
+      .def("destroy_page", &Driver::destroy_page, py::arg("page"), NoGil())
+      .def(
+          "try_map",
+          [](Driver& driver, Address address, const std::vector<PageHandle>& pages,
+             bool is_writable) {
+            return driver.try_map(address, pages.data(), pages.size(),
+                                  is_writable ? Access::kReadWrite : Access::kReadOnly);
+          },
+          py::arg("address"), py::arg("pages"), py::kw_only(), py::arg("is_writable") = true,
+          NoGil())
+      .def("unmap", &Driver::unmap, py::arg("address"), py::arg("num_pages"), NoGil())
+      .def("zero", &Driver::zero, py::arg("address"), py::arg("num_bytes"), NoGil())
+      .def("record_fence", &Driver::record_fence, py::arg("stream") = 0, NoGil())
+      .def("fence_passed", &Driver::fence_passed, py::arg("fence"), NoGil());
   m.def("make_host_driver", &make_host_driver, py::arg("page_bytes"));
   m.def("make_null_driver", &make_null_driver, py::arg("page_bytes"));
 
@@ -173,6 +202,43 @@ void bind_drivers(py::module_& m) {
       .def("fail_call", &FaultDriver::fail_call, py::arg("call"), py::arg("fault"))
       .def("num_calls", &FaultDriver::num_calls)
       .def("hold_fences", &FaultDriver::hold_fences, py::arg("hold"));
+}
+
+std::optional<std::vector<PageId>> acquire_pages(PagePool& pool, std::size_t num_pages,
+                                                 std::optional<PageId> after) {
+  std::vector<PageId> pages(num_pages);
+  bool any_used = false;
+  if (!pool.try_acquire(num_pages, after.value_or(kNoPage), pages.data(), &any_used)) {
+    return std::nullopt;
+  }
+  return pages;
+}
+
+void bind_pool(py::module_& m) {
+  py::class_<PagePool>(m, "PagePool")
+      .def(py::init<std::shared_ptr<Driver>, std::size_t>(), py::arg("driver"),
+           py::arg("max_pages"))
+      .def("try_acquire", &acquire_pages, py::arg("num_pages"), py::arg("after") = py::none(),
+           NoGil())
+      .def("release", &PagePool::release, py::arg("page"), NoGil())
+      .def("retire", &PagePool::retire, py::arg("page"), NoGil())
+      .def("restore", &PagePool::restore, py::arg("page"), NoGil())
+      .def("settle", &PagePool::settle, py::arg("page"), NoGil())
+      .def("available", &PagePool::available, NoGil())
+      .def("trim", &PagePool::trim, py::arg("keep_free"), NoGil())
+      .def("set_max_pages", &PagePool::set_max_pages, py::arg("max_pages"), NoGil())
+      .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("retired"),
+           NoGil())
+      .def("stats", [](const PagePool& pool) {
+        const PoolStats stats = pool.stats();
+        py::dict result;
+        result["created_pages"] = stats.num_created;
+        result["free_pages"] = stats.num_free;
+        result["in_use_pages"] = stats.num_in_use;
+        result["retired_pages"] = stats.num_retired;
+        result["max_pages"] = stats.max_pages;
+        return result;
+      });
 }
 
 void bind_arena(py::module_& m) {
@@ -244,6 +310,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of vmalloc; see _core.pyi for the typed interface.";
   py::register_exception_translator(&translate_exception);
   bind_drivers(m);
+  bind_pool(m);
   bind_arena(m);
   bind_attention(m);
 }

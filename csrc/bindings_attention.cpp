@@ -1,5 +1,6 @@
-// bindings_attention.cpp: the CPU attention functions for Python, addresses and strides as integers.
-// Owns: nothing; the Python wrapper keeps the tensors alive.  Thread-safety: releases the GIL.
+// bindings_attention.cpp: the CPU attention functions for Python, addresses and strides as
+// integers. Owns: nothing; the Python wrapper keeps the tensors alive.  Thread-safety: releases the
+// GIL.
 #include "bindings_attention.h"
 
 #include <pybind11/pybind11.h>

@@ -454,6 +454,7 @@ std::uint32_t KVArena::take_idle_slot(std::size_t num_rows) {
   const std::uint32_t slot = it->second;
   parked_pages_ -= it->first;
   idle_.erase(it);
+  slots_[slot].state = SlotState::kAdmitting;
   return slot;
 }
 
@@ -490,7 +491,7 @@ void KVArena::make_idle(std::uint32_t slot, std::uint64_t parked_at) {
 
 void KVArena::update_idle_key(std::uint32_t slot) {
   Slot& entry = slots_[slot];
-  if (idle_.erase({entry.idle_key, slot}) == 0) return;  // just being admitted
+  if (idle_.erase({entry.idle_key, slot}) == 0) return;
   parked_pages_ -= entry.idle_key;
   entry.idle_key = num_mapped(entry);
   parked_pages_ += entry.idle_key;
@@ -606,7 +607,7 @@ std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
   std::size_t num_reclaimed = 0;
   for (std::uint32_t slot = 0; slot < slots_.size() && num_reclaimed < num_pages; ++slot) {
     const Slot& entry = slots_[slot];
-    if (entry.state != SlotState::kLive || entry.in_flight) continue;
+    if (entry.state == SlotState::kIdle || entry.in_flight) continue;
     num_reclaimed += drop_tail(slot, std::max(entry.num_rows, entry.wanted_rows),
                                num_pages - num_reclaimed);
   }

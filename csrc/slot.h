@@ -12,7 +12,8 @@ namespace vmalloc {
 
 using Epoch = std::uint64_t;  ///< engine step number, monotonic; 0 is before the first step
 
-enum class SlotState : std::uint8_t { kIdle, kLive };
+/// kAdmitting: chosen for a new sequence whose rows are not backed yet; lasts for one call.
+enum class SlotState : std::uint8_t { kIdle, kAdmitting, kLive };
 
 /// The pages of one slot in one region, mapped side by side from the slot's first address on.
 struct SlotPages {

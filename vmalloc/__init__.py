@@ -7,31 +7,50 @@ Owns: the public names below.  Thread-safety: see each class.
 """
 
 import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 # In a checkout, ``vmalloc`` may be found twice (the working tree, and the installed extension's
 # folder): search both, so that ``vmalloc._core`` is found from wherever Python was started.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from .backend import (  # noqa: E402
-    KVBackend,
-    KVBatchView,
-    KVCacheStats,
-    Reservation,
-    SequenceGroupSpec,
-    Step,
-)
-from .config import KVCacheConfig, LayerKVSpec  # noqa: E402
-from .errors import (  # noqa: E402
-    ClosedError,
-    ConfigError,
-    DriverError,
-    InvariantError,
-    VmallocError,
-)
-from .factory import BackendChoice, choose_backend, create_kv_backend  # noqa: E402
-from .kv_cache import VirtualKVCache  # noqa: E402
+if TYPE_CHECKING:
+    from .backend import (
+        KVBackend,
+        KVBatchView,
+        KVCacheStats,
+        Reservation,
+        SequenceGroupSpec,
+        Step,
+    )
+    from .config import KVCacheConfig, LayerKVSpec
+    from .errors import ClosedError, ConfigError, DriverError, InvariantError, VmallocError
+    from .factory import BackendChoice, choose_backend, create_kv_backend
+    from .kv_cache import VirtualKVCache
 
 __version__ = "0.1.0"
+
+# Loaded on first use: ``vmalloc --help`` and the scheduler need no torch, and the command line must
+# set OpenMP's environment before torch loads it.
+_MODULE_OF = {
+    "BackendChoice": "factory",
+    "ClosedError": "errors",
+    "ConfigError": "errors",
+    "DriverError": "errors",
+    "InvariantError": "errors",
+    "KVBackend": "backend",
+    "KVBatchView": "backend",
+    "KVCacheConfig": "config",
+    "KVCacheStats": "backend",
+    "LayerKVSpec": "config",
+    "Reservation": "backend",
+    "SequenceGroupSpec": "backend",
+    "Step": "backend",
+    "VirtualKVCache": "kv_cache",
+    "VmallocError": "errors",
+    "choose_backend": "factory",
+    "create_kv_backend": "factory",
+}
 
 __all__ = [
     "BackendChoice",
@@ -52,3 +71,16 @@ __all__ = [
     "choose_backend",
     "create_kv_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

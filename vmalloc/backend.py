@@ -161,6 +161,10 @@ class KVBackend(Protocol):
         """Most tokens one sequence could hold if it had the whole pool to itself."""
         ...
 
+    def bytes_for(self, num_tokens: int) -> int:
+        """Physical memory that one sequence of ``num_tokens`` takes, in whole pages."""
+        ...
+
     def can_admit(self, num_tokens: int) -> bool:
         """Whether ``try_admit`` would likely succeed now. Advice, never a promise."""
         ...

@@ -84,6 +84,11 @@ class VirtualKVCache:
     def max_seq_tokens(self) -> int:
         return self._arena.max_slot_rows()
 
+    def bytes_for(self, num_tokens: int) -> int:
+        config = self._config
+        backed = min(num_tokens + config.lookahead_tokens, config.max_seq_len) if num_tokens else 0
+        return self._layout.pages_for(backed) * self._layout.page_bytes
+
     def can_admit(self, num_tokens: int) -> bool:
         return self._arena.can_admit(num_tokens)
 

@@ -1,0 +1,25 @@
+"""Settings for every test: quiet OpenMP, and a deterministic hypothesis."""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads libgomp
+
+from hypothesis import HealthCheck, settings
+
+_SLOW_OK = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    stateful_step_count=40,
+    suppress_health_check=_SLOW_OK,
+)
+settings.register_profile(
+    "soak",
+    deadline=None,
+    max_examples=3000,
+    stateful_step_count=100,
+    suppress_health_check=_SLOW_OK,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

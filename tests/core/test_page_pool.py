@@ -1,0 +1,157 @@
+"""The pool's ledger: references, retirement, the cap, and which page is handed out."""
+
+import pytest
+
+from vmalloc import InvariantError, _core
+
+
+@pytest.fixture
+def pool():
+    return _core.PagePool(_core.make_null_driver(4096), 64)
+
+
+def counts(pool):
+    stats = pool.stats()
+    assert stats["created_pages"] == (
+        stats["free_pages"] + stats["in_use_pages"] + stats["retired_pages"]
+    )
+    return stats["created_pages"], stats["free_pages"], stats["in_use_pages"], stats["retired_pages"]
+
+
+def check(pool, live=(), retired=()):
+    size = 1 + max([*live, *retired, 0])
+    pool.check_invariants(
+        [list(live).count(i) for i in range(size)], [list(retired).count(i) for i in range(size)]
+    )
+
+
+def test_acquire_is_all_or_nothing(pool):
+    assert pool.try_acquire(65) is None
+    assert counts(pool) == (0, 0, 0, 0)
+    pages = pool.try_acquire(64)
+    assert len(set(pages)) == 64
+    assert pool.try_acquire(1) is None
+    assert pool.available() == 0
+    check(pool, live=pages)
+
+
+def test_released_page_is_free_and_comes_back(pool):
+    (page,) = pool.try_acquire(1)
+    pool.release(page)
+    assert counts(pool) == (1, 1, 0, 0)
+    assert pool.try_acquire(1) == [page]
+
+
+def test_retired_page_is_not_handed_out_before_it_is_settled():
+    pool = _core.PagePool(_core.make_null_driver(4096), 1)
+    (page,) = pool.try_acquire(1)
+    pool.retire(page)
+    assert counts(pool) == (1, 0, 0, 1)
+    assert pool.available() == 0
+    assert pool.try_acquire(1) is None
+    check(pool, retired=[page])
+    pool.settle(page)
+    assert pool.try_acquire(1) == [page]
+
+
+def test_restored_page_is_in_use_again(pool):
+    (page,) = pool.try_acquire(1)
+    pool.retire(page)
+    pool.restore(page)
+    assert counts(pool) == (1, 0, 1, 0)
+    check(pool, live=[page])
+
+
+@pytest.mark.parametrize("method", ["release", "retire"])
+def test_dropping_what_nobody_holds_is_an_invariant_error(pool, method):
+    (page,) = pool.try_acquire(1)
+    pool.release(page)
+    with pytest.raises(InvariantError, match="nobody holds"):
+        getattr(pool, method)(page)
+
+
+@pytest.mark.parametrize("method", ["restore", "settle"])
+def test_only_retired_pages_are_restored_or_settled(pool, method):
+    (page,) = pool.try_acquire(1)
+    with pytest.raises(InvariantError, match="was not retired"):
+        getattr(pool, method)(page)
+
+
+def test_successors_are_preferred(pool):
+    first = pool.try_acquire(3)
+    assert first == [first[0], first[0] + 1, first[0] + 2]
+    assert pool.try_acquire(2, after=first[-1]) == [first[-1] + 1, first[-1] + 2]
+
+
+def test_sequences_that_grow_in_turn_keep_their_pages_together():
+    pool = _core.PagePool(_core.make_null_driver(4096), 8 * 64)
+    last = [None] * 64
+    num_breaks = 0
+    for _ in range(8):
+        for i in range(64):
+            (page,) = pool.try_acquire(1, after=last[i])
+            num_breaks += last[i] is not None and page != last[i] + 1
+            last[i] = page
+    assert num_breaks == 0
+
+
+def test_free_pages_are_used_before_new_ones_are_created(pool):
+    pages = pool.try_acquire(10)
+    for page in pages:
+        pool.release(page)
+    pool.try_acquire(10)
+    assert counts(pool) == (10, 0, 10, 0)
+
+
+def test_trim_destroys_free_pages_only(pool):
+    pages = pool.try_acquire(10)
+    for page in pages[:6]:
+        pool.release(page)
+    assert pool.trim(2) == 4
+    assert counts(pool) == (6, 2, 4, 0)
+    check(pool, live=pages[6:])
+
+
+def test_lower_cap_destroys_pages_as_they_become_free(pool):
+    pages = pool.try_acquire(10)
+    pool.release(pages[0])
+    pool.set_max_pages(5)
+    assert counts(pool) == (9, 0, 9, 0)
+    assert pool.available() == 0
+    for page in pages[1:]:
+        pool.release(page)
+    assert counts(pool) == (5, 5, 0, 0)
+    pool.set_max_pages(64)
+    assert pool.available() == 64
+
+
+def test_check_invariants_names_a_page_whose_references_differ(pool):
+    (page,) = pool.try_acquire(1)
+    with pytest.raises(InvariantError, match=f"page {page} has 1 live"):
+        check(pool)
+
+
+@pytest.mark.parametrize("fault", [_core.Fault.OUT_OF_MEMORY, _core.Fault.ERROR])
+def test_failed_creation_takes_nothing(fault):
+    driver = _core.FaultDriver(_core.make_null_driver(4096))
+    pool = _core.PagePool(driver, 64)
+    driver.fail_call(3, fault)
+    if fault == _core.Fault.ERROR:
+        with pytest.raises(Exception, match="INJECTED"):
+            pool.try_acquire(5)
+    else:
+        assert pool.try_acquire(5) is None
+    check(pool)
+    assert pool.stats()["in_use_pages"] == 0
+    assert len(pool.try_acquire(64)) == 64
+
+
+def test_destroying_the_pool_destroys_every_page():
+    driver = _core.make_null_driver(4096)
+    pool = _core.PagePool(driver, 64)
+    pages = pool.try_acquire(10)
+    pool.retire(pages[0])
+    pool.release(pages[1])
+    del pool
+    counters = driver.counters()
+    assert counters["create_calls"] == counters["destroy_calls"] == 10
