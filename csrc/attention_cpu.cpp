@@ -256,6 +256,9 @@ void varlen_attention(const AttentionArgs& args) {
               [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
   }
   const std::size_t participants = std::min(threads, tasks.size());
+  for (std::size_t i = 0; i + participants < tasks.size(); ++i) {
+    tasks[i].next = &tasks[i + participants];
+  }
   const auto floats =
       static_cast<std::size_t>(scratch_layout(most_rows, args.k_head_dim, args.v_head_dim).size);
   thread_local Scratch scratch;

@@ -25,7 +25,8 @@ struct AttentionTask {
   std::int64_t slot;
   std::int64_t first_kv_head;
   std::int64_t num_kv_heads;
-  std::int64_t cost;  // comparable between tasks of one call
+  std::int64_t cost;                    // comparable between tasks of one call
+  const AttentionTask* next = nullptr;  // what its thread will likely run after it, or null
 };
 
 /// Where a task keeps what it computes; all offsets count floats from one 64-byte-aligned block.

@@ -61,8 +61,7 @@ void delete_tensor(dlpack::ManagedTensor* managed) {
 void destroy_capsule(PyObject* capsule) {
   // A consumer renames the capsule and takes the tensor; one that nobody took is ours to delete.
   if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
-  auto* managed =
-      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
   managed->deleter(managed);
 }
 

@@ -34,9 +34,9 @@ std::string with_limit(const char* name, std::size_t value, const std::string& r
 void check_config(const ArenaConfig& config) {
   if (config.layers.empty()) throw ConfigError("layers is empty; an arena needs at least one");
   if (config.layers_per_group == 0 || config.layers_per_group > config.layers.size()) {
-    throw ConfigError(with_limit("layers_per_group", config.layers_per_group,
-                                 "between 1 and the number of layers, " +
-                                     std::to_string(config.layers.size())));
+    throw ConfigError(
+        with_limit("layers_per_group", config.layers_per_group,
+                   "between 1 and the number of layers, " + std::to_string(config.layers.size())));
   }
   if (config.num_slots == 0 || config.num_slots > UINT32_MAX / 2) {
     throw ConfigError(with_limit("num_slots", config.num_slots, "between 1 and 2147483647"));
@@ -255,6 +255,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
     return std::none_of(slots.begin(), slots.end(),
                         [this](std::uint32_t slot) { return slots_[slot].in_flight; });
   });
+  // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
+  poll_fences();
   std::vector<Growth> growths;
   std::size_t num_pages = 0;
   for (const std::uint32_t slot : slots) {
@@ -405,9 +407,8 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
                                                              std::size_t num_rows) {
   Lock lock = enter();
   if (num_rows > config_.max_rows) {
-    throw ConfigError(with_limit("num_rows", num_rows,
-                                 "at most the rows of a slot, " +
-                                     std::to_string(config_.max_rows)));
+    throw ConfigError(with_limit(
+        "num_rows", num_rows, "at most the rows of a slot, " + std::to_string(config_.max_rows)));
   }
   if (idle_.size() < num_slots) return std::nullopt;
   const std::size_t needed = num_slots * slot_pages_needed(num_rows);
@@ -512,9 +513,8 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
   Lock lock = enter();
   Slot& entry = slots_[live_slot(slot)];
   if (num_rows > entry.num_rows) {
-    throw ConfigError(with_limit("num_rows", num_rows,
-                                 "at most the rows the slot has, " +
-                                     std::to_string(entry.num_rows)));
+    throw ConfigError(with_limit(
+        "num_rows", num_rows, "at most the rows the slot has, " + std::to_string(entry.num_rows)));
   }
   landed_.wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
@@ -595,7 +595,6 @@ void KVArena::settle() {
 /// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
 /// that is short only because of them had better try again after the step.
 void KVArena::make_available(std::size_t num_pages) {
-  poll_fences();
   const std::size_t coming = pool_.available() + pool_.stats().num_retired;
   if (coming >= num_pages) return;
   const std::size_t missing = num_pages - coming;
@@ -608,8 +607,8 @@ std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
   for (std::uint32_t slot = 0; slot < slots_.size() && num_reclaimed < num_pages; ++slot) {
     const Slot& entry = slots_[slot];
     if (entry.state == SlotState::kIdle || entry.in_flight) continue;
-    num_reclaimed += drop_tail(slot, std::max(entry.num_rows, entry.wanted_rows),
-                               num_pages - num_reclaimed);
+    num_reclaimed +=
+        drop_tail(slot, std::max(entry.num_rows, entry.wanted_rows), num_pages - num_reclaimed);
   }
   totals_.reclaimed_pages += num_reclaimed;
   return num_reclaimed;
@@ -634,9 +633,7 @@ std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
 }
 
 /// Pages in use that no live row needs: committed ahead, or parked.
-std::size_t KVArena::reclaimable() const {
-  return pool_.stats().num_in_use - committed_pages_;
-}
+std::size_t KVArena::reclaimable() const { return pool_.stats().num_in_use - committed_pages_; }
 
 void KVArena::give_back_above_high() {
   if (config_.high_pages >= config_.max_pages) return;
@@ -661,8 +658,8 @@ void KVArena::resize(std::size_t max_pages) {
   Lock lock = enter();
   const std::size_t min_pages = slot_pages_needed(1) + 1;
   if (max_pages < min_pages) {
-    throw ConfigError(with_limit("the new cap in pages", max_pages,
-                                 "at least " + std::to_string(min_pages)));
+    throw ConfigError(
+        with_limit("the new cap in pages", max_pages, "at least " + std::to_string(min_pages)));
   }
   config_.max_pages = max_pages;
   pool_.set_max_pages(max_pages);
@@ -780,7 +777,7 @@ void KVArena::check_invariants() {
       committed += slot_pages_needed(slot.num_rows);
       check_invariant(slot.num_rows <= slot.commit_rows && slot.commit_rows <= slot.ready_rows,
                       "rows <= commit_rows <= ready_rows does not hold for a live slot");
-    } else {
+    } else if (slot.state == SlotState::kIdle) {
       ++num_idle;
       parked += num_mapped(slot);
       check_invariant(slot.num_rows == 0, "an idle slot has rows");

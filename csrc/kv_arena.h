@@ -30,13 +30,13 @@ struct ArenaConfig {
   std::size_t layers_per_group;
   bool kv_split = false;
   std::size_t num_slots;
-  std::size_t max_rows;            ///< most rows of one slot
-  std::size_t max_pages;           ///< cap on physical pages
-  std::size_t low_pages = 0;       ///< do not admit, nor commit ahead, below this many available
+  std::size_t max_rows;               ///< most rows of one slot
+  std::size_t max_pages;              ///< cap on physical pages
+  std::size_t low_pages = 0;          ///< do not admit, nor commit ahead, below this many available
   std::size_t high_pages = SIZE_MAX;  ///< unneeded pages above this go back to the system
-  std::size_t ahead_rows = 0;      ///< rows the worker keeps backed past each end; 0: no worker
-  std::size_t lookahead_rows = 0;  ///< rows past the end that a kernel may read: always backed
-  bool zero_on_reuse = false;      ///< clear a page before another sequence sees it
+  std::size_t ahead_rows = 0;         ///< rows the worker keeps backed past each end; 0: no worker
+  std::size_t lookahead_rows = 0;     ///< rows past the end that a kernel may read: always backed
+  bool zero_on_reuse = false;         ///< clear a page before another sequence sees it
 };
 
 struct ArenaStats {
@@ -179,7 +179,7 @@ class KVArena {
   mutable std::mutex mutex_;
   std::condition_variable landed_;  // an in-flight growth was published or given up
   std::vector<Slot> slots_;
-  std::set<std::pair<std::size_t, std::uint32_t>> idle_;  // (pages mapped, slot)
+  std::set<std::pair<std::size_t, std::uint32_t>> idle_;      // (pages mapped, slot)
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
   std::vector<std::uint32_t> growing_;                        // scratch of try_extend
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
@@ -190,9 +190,9 @@ class KVArena {
   std::uint64_t next_parked_at_ = 1;
 
   bool is_closed_ = false;
-  Epoch epoch_ = 0;       // last step begun
-  Epoch closed_ = 0;      // last step ended
-  Epoch completed_ = 0;   // last step whose fence, and all before it, passed
+  Epoch epoch_ = 0;      // last step begun
+  Epoch closed_ = 0;     // last step ended
+  Epoch completed_ = 0;  // last step whose fence, and all before it, passed
   std::deque<std::pair<Epoch, Fence>> fences_;
 
   ArenaStats totals_;  // the running sums and peaks; the rest is filled in by stats()

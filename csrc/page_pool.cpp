@@ -233,21 +233,19 @@ void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
     const std::uint32_t counted_live = page < live.size() ? live[page] : 0;
     const std::uint32_t counted_retired = page < retired.size() ? retired[page] : 0;
     if (entry.live != counted_live || entry.retired != counted_retired) {
-      throw InvariantError("page " + std::to_string(page) + " has " + std::to_string(entry.live) +
-                           " live and " + std::to_string(entry.retired) +
-                           " retired references in the pool, but slots count " +
-                           std::to_string(counted_live) + " and " +
-                           std::to_string(counted_retired));
+      throw InvariantError(
+          "page " + std::to_string(page) + " has " + std::to_string(entry.live) + " live and " +
+          std::to_string(entry.retired) + " retired references in the pool, but slots count " +
+          std::to_string(counted_live) + " and " + std::to_string(counted_retired));
     }
     if (entry.live > 0) {
       ++num_in_use;
     } else if (entry.retired > 0) {
       ++num_retired;
     }
-    check_invariant(free_.contains(page) + absent_.contains(page) +
-                            (entry.live + entry.retired > 0) ==
-                        1,
-                    "a page is not in exactly one of free, absent and referenced");
+    check_invariant(
+        free_.contains(page) + absent_.contains(page) + (entry.live + entry.retired > 0) == 1,
+        "a page is not in exactly one of free, absent and referenced");
   }
   check_invariant(num_in_use == num_in_use_, "in_use is not the number of pages in use");
   check_invariant(num_retired == num_retired_, "retired is not the number of retired pages");

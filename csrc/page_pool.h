@@ -78,8 +78,8 @@ class PagePool {
   [[nodiscard]] PageId claim_free(PageId after);
   [[nodiscard]] PageId claim_absent(PageId after);
   void add_absent_extent();
-  void undo_claim(const PageId* pages, std::size_t num_pages,
-                  const std::vector<PageId>& to_create, std::size_t num_created);
+  void undo_claim(const PageId* pages, std::size_t num_pages, const std::vector<PageId>& to_create,
+                  std::size_t num_created);
   void free_if_unreferenced(PageId page);
   void destroy(PageId page);
 

@@ -17,9 +17,9 @@ enum class SlotState : std::uint8_t { kIdle, kAdmitting, kLive };
 
 /// The pages of one slot in one region, mapped side by side from the slot's first address on.
 struct SlotPages {
-  std::vector<PageId> pages;           ///< held ones first, then retired ones
-  std::vector<Epoch> retired_epochs;   ///< when each retired page was last readable
-  std::size_t num_exposed = 0;         ///< pages that a kernel may have read since they were mapped
+  std::vector<PageId> pages;          ///< held ones first, then retired ones
+  std::vector<Epoch> retired_epochs;  ///< when each retired page was last readable
+  std::size_t num_exposed = 0;        ///< pages that a kernel may have read since they were mapped
 
   [[nodiscard]] std::size_t num_held() const { return pages.size() - retired_epochs.size(); }
 };

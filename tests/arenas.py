@@ -10,7 +10,9 @@ def make_arena(driver=None, *, row_bytes=ROW, num_layers=1, **settings):
     """An arena whose layers each store ``row_bytes`` a token: one KV head of float32."""
     head_dim = row_bytes // 8
     assert head_dim * 8 == row_bytes
-    layer = _core.LayerKVSpec(num_kv_heads=1, k_head_dim=head_dim, v_head_dim=head_dim, element_bytes=4)
+    layer = _core.LayerKVSpec(
+        num_kv_heads=1, k_head_dim=head_dim, v_head_dim=head_dim, element_bytes=4
+    )
     defaults = {
         "layers": [layer] * num_layers,
         "layers_per_group": num_layers,
@@ -47,5 +49,11 @@ def pages(arena):
     )
     return tuple(
         stats[name]
-        for name in ("committed_pages", "ahead_pages", "parked_pages", "free_pages", "retired_pages")
+        for name in (
+            "committed_pages",
+            "ahead_pages",
+            "parked_pages",
+            "free_pages",
+            "retired_pages",
+        )
     )

@@ -86,7 +86,8 @@ def generate(
         typer.Option(help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING),
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(help="Sample from the k likeliest; 0 or -1: all.", rich_help_panel=_SAMPLING)
+        int,
+        typer.Option(help="Sample from the k likeliest; 0 or -1: all.", rich_help_panel=_SAMPLING),
     ] = -1,
     top_p: Annotated[
         float,
@@ -144,7 +145,9 @@ def generate(
     ] = 4,
     batch_invariant: Annotated[
         bool,
-        typer.Option(help="Make logits bitwise independent of batch mates.", rich_help_panel=_MEMORY),
+        typer.Option(
+            help="Make logits bitwise independent of batch mates.", rich_help_panel=_MEMORY
+        ),
     ] = False,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""

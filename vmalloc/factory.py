@@ -38,7 +38,7 @@ def choose_backend(kind: str = "auto") -> BackendChoice:
     return BackendChoice(
         kind="virtual",
         driver="host",
-        reason="no GPU driver is built in yet; the host driver maps memfd pages, which any Linux has",
+        reason="no GPU driver is built in yet; the host driver maps memfd pages on any Linux",
     )
 
 

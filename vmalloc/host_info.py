@@ -47,7 +47,9 @@ def host_info() -> dict[str, Any]:
             {
                 "name": "vmalloc CPU attention",
                 "isa": _core.attention_isa(),
-                "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in cpu.SUPPORTED_DTYPES),
+                "dtypes": sorted(
+                    str(dtype).removeprefix("torch.") for dtype in cpu.SUPPORTED_DTYPES
+                ),
                 "max_head_dim": cpu.MAX_HEAD_DIM,
                 "lookahead_rows": cpu.LOOKAHEAD_ROWS,
             }
@@ -92,7 +94,9 @@ def host_report(facts: dict[str, Any]) -> Table:
         "vm.max_map_count",
         f"{limits['max_map_count']}: mappings per process; vmalloc stays below 80% of what is left",
     )
-    table.add_row("vm.overcommit_memory", f"{limits['overcommit_memory']}: 2 would limit reservations")
+    table.add_row(
+        "vm.overcommit_memory", f"{limits['overcommit_memory']}: 2 would limit reservations"
+    )
     return table
 
 

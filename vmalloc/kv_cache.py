@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from . import _core
 from .backend import KVBatchView, KVCacheStats, Reservation, SequenceGroupSpec, Step
@@ -273,7 +274,7 @@ class VirtualKVCache:
                 1,
             ],
         )
-        tensor: Tensor = torch.from_dlpack(capsule)
+        tensor: Tensor = from_dlpack(capsule)
         return tensor
 
 

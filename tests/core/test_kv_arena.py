@@ -90,7 +90,10 @@ class TestBadInput:
             ({"max_rows": 0}, "max_rows is 0"),
             ({"layers": []}, "layers is empty"),
             ({"max_pages": 1}, "holds 1 pages of 4096.*at least 2"),
-            ({"num_slots": 1 << 30, "max_rows": 1 << 30}, "cannot hold 1073741824 slots of 1073741824"),
+            (
+                {"num_slots": 1 << 30, "max_rows": 1 << 30},
+                "cannot hold 1073741824 slots of 1073741824",
+            ),
             ({"num_slots": 1 << 24, "max_rows": 1 << 20}, "address space"),
         ],
     )
@@ -289,6 +292,17 @@ class TestEpochs:
         assert extend(arena, a, 48)
         assert pages(arena) == (6, 0, 0, 0, 0)
         assert arena.stats()["map_calls"] == before + 1
+
+    def test_growth_past_a_retired_tail_whose_fence_just_passed_leaves_no_hole(self, driver):
+        arena = make_arena(driver, num_slots=2, max_pages=9)
+        a, b = arena.try_admit(2, 24)  # 3 + 3 pages
+        driver.hold_fences(True)
+        arena.end_step(arena.begin_step())
+        arena.truncate(a, 8)  # two pages retire
+        free(arena, b)
+        driver.hold_fences(False)
+        assert extend(arena, a, 64)  # 8 pages: short, so others are reclaimed on the way
+        _tensor(arena)[a, :64] = 1.0
 
     def test_parked_pages_are_unmapped_for_another_slot_only_after_the_fence(self, driver):
         arena = make_arena(driver, num_slots=2, max_pages=4)

@@ -15,7 +15,12 @@ def counts(pool):
     assert stats["created_pages"] == (
         stats["free_pages"] + stats["in_use_pages"] + stats["retired_pages"]
     )
-    return stats["created_pages"], stats["free_pages"], stats["in_use_pages"], stats["retired_pages"]
+    return (
+        stats["created_pages"],
+        stats["free_pages"],
+        stats["in_use_pages"],
+        stats["retired_pages"],
+    )
 
 
 def check(pool, live=(), retired=()):

@@ -30,7 +30,8 @@ CONFIGS = {
         "capacity_bytes": 4096 * 150,
     },
     "split, uneven dims, pairs": {
-        "layers": (LayerKVSpec(num_kv_heads=2, k_head_dim=24, v_head_dim=16, dtype="bfloat16"),) * 5,
+        "layers": (LayerKVSpec(num_kv_heads=2, k_head_dim=24, v_head_dim=16, dtype="bfloat16"),)
+        * 5,
         "layers_per_group": 2,
         "kv_split": True,
         "page_bytes": 8192,
@@ -67,8 +68,11 @@ class KVCacheMachine(RuleBasedStateMachine):
             ),
             driver=self.driver,
         )
-        self.views = [view for i in range(5 if "plain" not in name else 4) for view in
-                      self.cache.layer_views(i)]
+        self.views = [
+            view
+            for i in range(5 if "plain" not in name else 4)
+            for view in self.cache.layer_views(i)
+        ]
         self.model = {}  # seq_id -> one value per row, or None where nothing was written
         self.next_seq_id = 0
         self.next_value = 1

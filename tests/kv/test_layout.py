@@ -88,7 +88,10 @@ def test_pages_are_the_fewest_that_hold_the_tokens(config, num_tokens):
         ({"page_bytes": -1}, "page_bytes is -1"),
         ({"layers_per_group": 3}, "layers_per_group is 3.*number of layers, 2"),
         ({"num_slots": 3}, "num_slots is 3.*max_num_seqs, 4"),
-        ({"max_num_seqs": 1 << 22, "max_seq_len": 1 << 22}, "address space cannot hold 8388608 slots"),
+        (
+            {"max_num_seqs": 1 << 22, "max_seq_len": 1 << 22},
+            "address space cannot hold 8388608 slots",
+        ),
         ({"commit_ahead_tokens": -1}, "commit_ahead_tokens is -1"),
         ({"lookahead_tokens": -1}, "lookahead_tokens is -1"),
         ({"low_watermark": 1.5}, "low_watermark is 1.5"),

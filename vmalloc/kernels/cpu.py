@@ -154,22 +154,25 @@ def varlen_attention(
 
 def _sizes(tensor: Tensor, name: str, num_dims: int) -> tuple[int, ...]:
     """The shape of a CPU tensor whose last dimension is contiguous."""
-    shape = tuple(tensor.shape)
+    shape = tensor.shape
+    # One condition for the usual case: this runs several times per layer and step.
+    if len(shape) == num_dims and tensor.is_cpu and tensor.stride()[-1] == 1:
+        return shape
     if len(shape) != num_dims:
-        raise ConfigError(f"{name} has shape {shape}, must have {num_dims} dimensions")
+        raise ConfigError(f"{name} has shape {tuple(shape)}, must have {num_dims} dimensions")
     if not tensor.is_cpu:
         raise ConfigError(f"{name} is on {tensor.device}, must be on cpu")
-    if tensor.stride(-1) != 1 and shape[-1] > 1:
+    if shape[-1] > 1:
         raise ConfigError(f"{name} has stride {tensor.stride(-1)} in head_dim, must be 1")
     return shape
 
 
 def _check_v_cache(k_cache: Tensor, v_cache: Tensor) -> int:
     shape = _sizes(v_cache, "v_cache", 4)
-    expected = tuple(k_cache.shape[:3])
-    if shape[:3] != expected:
+    if shape[:3] != k_cache.shape[:3]:
         raise ConfigError(
-            f"v_cache has shape {shape}, must be {expected} like k_cache in all but head_dim"
+            f"v_cache has shape {tuple(shape)}, must be {tuple(k_cache.shape[:3])} like k_cache"
+            " in all but head_dim"
         )
     return shape[3]
 
@@ -208,12 +211,10 @@ def _indices(view: KVBatchView) -> tuple[int, int, int, int]:
             f"cu_seqlens_q has {cu_seqlens_q.numel()} entries and cache_batch_idx"
             f" {slots.numel()}, must be {batch + 1} and {batch} with seqused_k of {batch}"
         )
-    for name, tensor in (
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("seqused_k", seqused_k),
-        ("cache_batch_idx", slots),
-    ):
+    for tensor in (cu_seqlens_q, seqused_k, slots):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous() or not tensor.is_cpu:
+            names = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k, "cache_batch_idx": slots}
+            name = next(name for name, value in names.items() if value is tensor)
             raise ConfigError(
                 f"{name} is {tensor.dtype} with strides {tensor.stride()} on {tensor.device},"
                 " must be contiguous torch.int32 on cpu"

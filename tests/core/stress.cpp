@@ -1,0 +1,262 @@
+// stress.cpp: native stress test for sanitizer runs: an engine thread, an observer and the worker.
+// Owns: nothing.  Thread-safety: this is what it tests. Exit status 0 means every check held.
+//
+// Each round makes an arena, does random admissions, growth, truncation, release, trimming and
+// resizing on one thread while another reads statistics and checks invariants, with random pauses
+// between (without them the threads rarely meet and a race stays hidden). Rows carry values that
+// are compared before a sequence ends, so a page that left its slot too early shows.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+#include "fault_driver.h"
+#include "kv_arena.h"
+#include "thread_pool.h"
+
+namespace {
+
+using vmalloc::ArenaConfig;
+using vmalloc::KVArena;
+using Random = std::mt19937;
+
+constexpr std::size_t kPageBytes = 4096;
+constexpr std::size_t kMaxRows = 96;
+constexpr std::size_t kNumOperations = 300;
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "stress: %s\n", what);
+  std::exit(1);
+}
+
+std::size_t pick(Random& random, std::size_t below) { return random() % below; }
+
+/// Sometimes nothing, sometimes a yield, sometimes a short sleep.
+void jitter(Random& random) {
+  switch (pick(random, 8)) {
+    case 0:
+      std::this_thread::yield();
+      break;
+    case 1:
+      std::this_thread::sleep_for(std::chrono::microseconds(pick(random, 60)));
+      break;
+    default:
+      break;
+  }
+}
+
+ArenaConfig make_config(Random& random) {
+  ArenaConfig config{};
+  config.layers.assign(5, {3, 40, 40, 4});  // 4,800 bytes a token: rows straddle pages
+  config.layers_per_group = 1 + pick(random, 5);
+  config.kv_split = pick(random, 2) == 0;
+  config.num_slots = 8;
+  config.max_rows = kMaxRows;
+  config.max_pages = 60 + pick(random, 200);
+  config.low_pages = pick(random, 10);
+  config.high_pages = pick(random, 2) == 0 ? SIZE_MAX : 40;
+  config.ahead_rows = 1 + pick(random, 20);
+  config.zero_on_reuse = pick(random, 2) == 0;
+  return config;
+}
+
+/// The engine thread's half: what it admitted, and the value in every row.
+class Engine {
+ public:
+  Engine(KVArena& arena, vmalloc::FaultDriver& driver, unsigned seed)
+      : arena_(arena), driver_(driver), random_(seed) {}
+
+  void run() {
+    for (std::size_t i = 0; i < kNumOperations; ++i) {
+      jitter(random_);
+      operate();
+    }
+    while (!live_.empty()) release(live_.begin()->first);
+  }
+
+ private:
+  void operate() {
+    switch (pick(random_, 12)) {
+      case 0:
+      case 1:
+        admit();
+        break;
+      case 2:
+        if (!live_.empty()) release(any());
+        break;
+      case 3:
+        if (!live_.empty()) truncate(any());
+        break;
+      case 4:
+        arena_.prefetch(1 + pick(random_, kMaxRows));
+        break;
+      case 5:
+        static_cast<void>(arena_.trim(pick(random_, 8)));
+        break;
+      case 6:
+        arena_.resize(60 + pick(random_, 200));
+        break;
+      case 7:
+        driver_.hold_fences(pick(random_, 2) == 0);
+        break;
+      default:
+        step();
+        break;
+    }
+  }
+
+  void admit() {
+    const std::size_t num_rows = pick(random_, kMaxRows + 1);
+    const auto slots = arena_.try_admit(1 + pick(random_, 2), num_rows);
+    if (!slots) return;
+    for (const std::uint32_t slot : *slots) {
+      require(live_.count(slot) == 0, "a live slot was admitted again");
+      write(slot, 0, num_rows);
+    }
+  }
+
+  void step() {
+    const vmalloc::Epoch epoch = arena_.begin_step();
+    std::vector<std::int64_t> slots, rows;
+    for (const auto& [slot, values] : live_) {
+      slots.push_back(slot);
+      rows.push_back(
+          static_cast<std::int64_t>(std::min(kMaxRows, values.size() + pick(random_, 4))));
+    }
+    jitter(random_);
+    if (arena_.try_extend(slots.data(), rows.data(), slots.size())) {
+      for (std::size_t i = 0; i < slots.size(); ++i) {
+        const auto slot = static_cast<std::uint32_t>(slots[i]);
+        write(slot, live_[slot].size(), static_cast<std::size_t>(rows[i]));
+      }
+    }
+    arena_.end_step(epoch, 0);
+  }
+
+  void truncate(std::uint32_t slot) {
+    std::vector<float>& values = live_[slot];
+    values.resize(pick(random_, values.size() + 1));
+    arena_.truncate(slot, values.size());
+  }
+
+  void release(std::uint32_t slot) {
+    const std::vector<float>& values = live_[slot];
+    for (std::size_t row = 0; row < values.size(); ++row) {
+      for_each_cell(slot, row, [&](const float* cell) {
+        require(*cell == values[row], "a row of a live sequence changed");
+      });
+    }
+    const std::int64_t id = slot;
+    arena_.free(&id, 1);
+    live_.erase(slot);
+  }
+
+  std::uint32_t any() {
+    auto it = live_.begin();
+    std::advance(it, static_cast<std::ptrdiff_t>(pick(random_, live_.size())));
+    return it->first;
+  }
+
+  void write(std::uint32_t slot, std::size_t first, std::size_t end) {
+    std::vector<float>& values = live_[slot];
+    for (std::size_t row = first; row < end; ++row) {
+      values.push_back(next_value_++);
+      for_each_cell(slot, row, [&](float* cell) { *cell = values[row]; });
+    }
+  }
+
+  /// First and last float of the row in every region.
+  template <typename Visit>
+  void for_each_cell(std::uint32_t slot, std::size_t row, Visit visit) {
+    for (std::size_t r = 0; r < arena_.num_regions(); ++r) {
+      const auto region = arena_.region(r);
+      auto* cells =
+          reinterpret_cast<float*>(region->page_address(slot, 0) + row * region->row_bytes());
+      visit(cells);
+      visit(cells + region->row_bytes() / sizeof(float) - 1);
+    }
+  }
+
+  KVArena& arena_;
+  vmalloc::FaultDriver& driver_;
+  Random random_;
+  std::map<std::uint32_t, std::vector<float>> live_;
+  float next_value_ = 1;
+};
+
+void observe(KVArena& arena, const std::atomic<bool>& stop, unsigned seed) {
+  Random random(seed);
+  while (!stop.load()) {
+    const vmalloc::ArenaStats stats = arena.stats();
+    require(stats.pool.num_created ==
+                stats.pool.num_free + stats.pool.num_in_use + stats.pool.num_retired,
+            "created == free + in_use + retired does not hold");
+    static_cast<void>(arena.can_admit(pick(random, kMaxRows)));
+    static_cast<void>(arena.mapped_rows(static_cast<std::uint32_t>(pick(random, 8))));
+    if (pick(random, 4) == 0) arena.check_invariants();
+    jitter(random);
+  }
+}
+
+void run_arena_round(unsigned seed) {
+  Random random(seed);
+  auto inner = vmalloc::make_host_driver(kPageBytes);
+  auto driver = std::make_shared<vmalloc::FaultDriver>(inner);
+  {
+    KVArena arena(driver, make_config(random));
+    std::atomic<bool> stop{false};
+    std::thread observer([&] { observe(arena, stop, seed + 1); });
+    Engine(arena, *driver, seed + 2).run();
+    stop = true;
+    observer.join();
+    arena.check_invariants();
+    if (seed % 2 == 0) arena.close();
+  }
+  require(inner->counters().create_calls == inner->counters().destroy_calls, "a page leaked");
+}
+
+void run_thread_pool_round(unsigned seed) {
+  Random random(seed);
+  vmalloc::set_num_threads(1 + pick(random, 4));
+  // Two callers at once: one gets the workers, the other runs alone.
+  const auto caller = [](unsigned caller_seed) {
+    Random local(caller_seed);
+    for (int i = 0; i < 20; ++i) {
+      std::vector<std::atomic<int>> done(pick(local, 50));
+      auto body = [&](std::size_t task, std::size_t) { ++done[task]; };
+      vmalloc::parallel_for(done.size(), 1 + pick(local, 5), body);
+      for (const auto& count : done) require(count == 1, "a task did not run exactly once");
+      jitter(local);
+    }
+  };
+  std::thread other(caller, seed + 1);
+  caller(seed + 2);
+  other.join();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  unsigned num_rounds = 100;
+  if (argc == 3 && std::strcmp(argv[1], "--rounds") == 0) {
+    num_rounds = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
+  } else if (argc != 1) {
+    std::fprintf(stderr, "usage: %s [--rounds N]\n", argv[0]);
+    return 2;
+  }
+  for (unsigned round = 0; round < num_rounds; ++round) {
+    run_arena_round(round);
+    run_thread_pool_round(round);
+  }
+  std::printf("stress: %u rounds passed\n", num_rounds);
+  return 0;
+}

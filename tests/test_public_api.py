@@ -1,0 +1,85 @@
+"""Public names are a promise: they change on purpose or not at all."""
+
+import inspect
+
+import vmalloc
+import vmalloc.engine
+
+LIBRARY = [
+    "BackendChoice",
+    "ClosedError",
+    "ConfigError",
+    "DriverError",
+    "InvariantError",
+    "KVBackend",
+    "KVBatchView",
+    "KVCacheConfig",
+    "KVCacheStats",
+    "LayerKVSpec",
+    "Reservation",
+    "SequenceGroupSpec",
+    "Step",
+    "VirtualKVCache",
+    "VmallocError",
+    "choose_backend",
+    "create_kv_backend",
+]
+
+BACKEND = [
+    "batch_view",
+    "begin_step",
+    "bytes_for",
+    "can_admit",
+    "check_invariants",
+    "close",
+    "config",
+    "end_step",
+    "free",
+    "layer_views",
+    "max_seq_tokens",
+    "name",
+    "prefetch",
+    "resize",
+    "stats",
+    "trim",
+    "truncate",
+    "try_admit",
+    "try_extend",
+]
+
+
+def public_members(cls):
+    return sorted(name for name, _ in inspect.getmembers(cls) if not name.startswith("_"))
+
+
+def test_library_names():
+    assert sorted(vmalloc.__all__) == LIBRARY
+    assert set(LIBRARY) <= set(dir(vmalloc))
+    for name in LIBRARY:
+        assert getattr(vmalloc, name).__doc__
+
+
+def test_backend_protocol():
+    assert public_members(vmalloc.KVBackend) == BACKEND
+
+
+def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
+    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "wait_worker"}
+    assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
+
+
+def test_errors_form_one_tree():
+    for name in ("ConfigError", "DriverError", "InvariantError", "ClosedError"):
+        assert issubclass(getattr(vmalloc, name), vmalloc.VmallocError)
+    assert issubclass(vmalloc.ConfigError, ValueError)
+
+
+def test_unknown_name_is_an_attribute_error():
+    assert not hasattr(vmalloc, "NoSuchName")
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    for cls in (vmalloc.KVBackend, vmalloc.VirtualKVCache):
+        for name in ("try_admit", "try_extend", "free", "layer_views", "batch_view"):
+            documented = getattr(cls, name).__doc__ or getattr(vmalloc.KVBackend, name).__doc__
+            assert documented, f"{cls.__name__}.{name}"
