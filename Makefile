@@ -14,8 +14,9 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp)
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" --max-tokens 96
 
+# One torch thread a worker: two workers with two threads each would fight for two cores.
 test: build
-	$(BIN)/python -m pytest -q -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
 
 check: build
 	$(BIN)/ruff check .

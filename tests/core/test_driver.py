@@ -1,6 +1,7 @@
 """One conformance suite over every driver, and what only the host driver promises."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class TestConformance:
         ranges = [driver.try_reserve(5 * PAGE) for _ in range(4)]
         assert all(address % PAGE == 0 for address in ranges)
         ordered = sorted(ranges)
-        assert all(b - a >= 5 * PAGE for a, b in zip(ordered, ordered[1:], strict=False))
+        assert all(b - a >= 5 * PAGE for a, b in itertools.pairwise(ordered))
         for address in ranges:
             driver.release(address, 5 * PAGE)
 
@@ -138,6 +139,7 @@ class TestHostMemory:
     def test_writing_faults(self, name, address, is_writable):
         script = f"""
 import ctypes
+import itertools
 from vmalloc import _core
 PAGE = {PAGE}
 driver = _core.make_host_driver(PAGE)

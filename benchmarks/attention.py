@@ -1,0 +1,338 @@
+"""CPU attention kernel against the best that torch's SDPA does on the same ragged batch.
+
+Decode: 32 sequences of lognormal lengths (mean 400), one new token each, one layer. Between timed
+calls the layers of a cache larger than the CPU's own caches take turns, as they do in a model.
+Prefill: one prompt. Contenders run in turns (A B C A B C ...), so drift hits all of them alike.
+
+Owns: nothing.  Thread-safety: single-threaded; sets torch's and the core's thread counts.
+"""
+
+from __future__ import annotations
+
+import os
+
+# libgomp reads this once, when torch loads it: its spinning workers would steal the core that the
+# other contender needs.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import vmalloc
+from vmalloc import _core
+from vmalloc.backend import KVBatchView
+from vmalloc.kernels.cpu import varlen_attention
+
+BATCH = 32
+MEAN_LENGTH = 400
+ROWS = 1024
+HEAD_DIM = 64
+SHAPES = [(12, 4), (4, 2)]  # query heads, KV heads
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMPTS = [512, 1024]
+# Cache bytes that a round of decode calls walks through: more than the last-level cache holds.
+COLD_BYTES = 128 << 20
+
+Contender = Callable[[int], Tensor]  # takes the layer's index
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call of one contender."""
+
+    name: str
+    median_us: float
+    min_us: float
+    max_us: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One workload; ``speedup`` is the best SDPA variant's median over ours.
+
+    ``speedup_of_minima`` compares the fastest calls: on a busy machine the medians of calls longer
+    than a scheduler slice also count the time of other programs.
+    """
+
+    phase: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    threads: int
+    tokens: int
+    num_layers: int
+    max_error: float
+    timings: list[Timing]
+    best_sdpa: str
+    speedup: float
+    speedup_of_minima: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    results = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        _core.set_num_threads(threads)
+        for num_heads, num_kv_heads in SHAPES:
+            for dtype in DTYPES:
+                shape = (num_heads, num_kv_heads, dtype, threads, arguments)
+                results.append(bench_decode(*shape))
+                results += [bench_prefill(length, *shape) for length in PROMPTS]
+    Console(width=140).print(make_table(results))
+    if arguments.json:
+        report = {
+            "machine": describe_machine(arguments.seed),
+            "results": list(map(asdict, results)),
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--repeats", type=int, default=40, help="timed rounds per workload")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and values")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    return parser.parse_args()
+
+
+def bench_decode(
+    num_heads: int, num_kv_heads: int, dtype: str, threads: int, arguments: argparse.Namespace
+) -> Result:
+    """One new token for each of 32 sequences, all contenders on the same caches."""
+    torch.manual_seed(arguments.seed)
+    lengths = ragged_lengths(arguments.seed)
+    element = DTYPES[dtype].itemsize
+    layer_bytes = 2 * sum(lengths) * num_kv_heads * HEAD_DIM * element
+    num_layers = max(2, -(-COLD_BYTES // layer_bytes))
+    layers = [
+        tuple(torch.randn(BATCH, ROWS, num_kv_heads, HEAD_DIM, dtype=DTYPES[dtype]) for _ in "kv")
+        for _ in range(num_layers)
+    ]
+    query = torch.randn(BATCH, num_heads, HEAD_DIM).to(DTYPES[dtype])
+    view = make_view([1] * BATCH, lengths)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])[:, None, None]
+    group = num_heads // num_kv_heads
+    scale = HEAD_DIM**-0.5
+
+    def ours(layer: int) -> Tensor:
+        return varlen_attention(query, *layers[layer], view, softmax_scale=scale)
+
+    def row_loop(layer: int, heads: tuple[int, int]) -> Tensor:
+        k_cache, v_cache = layers[layer]
+        rows = [
+            F.scaled_dot_product_attention(
+                query[i].view(1, *heads, HEAD_DIM),
+                k_cache[i, :length].transpose(0, 1)[None],
+                v_cache[i, :length].transpose(0, 1)[None],
+                scale=scale,
+                enable_gqa=heads[0] != num_kv_heads,
+            )
+            for i, length in enumerate(lengths)
+        ]
+        return torch.cat(rows).view(BATCH, num_heads, HEAD_DIM)
+
+    def padded(layer: int, heads: tuple[int, int]) -> Tensor:
+        k_cache, v_cache = layers[layer]
+        return F.scaled_dot_product_attention(
+            query.view(BATCH, *heads, HEAD_DIM),
+            k_cache[:, : max(lengths)].transpose(1, 2),
+            v_cache[:, : max(lengths)].transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=heads[0] != num_kv_heads,
+        ).view(BATCH, num_heads, HEAD_DIM)
+
+    plain, folded = (num_heads, 1), (num_kv_heads, group)
+    contenders: dict[str, Contender] = {
+        "vmalloc": ours,
+        "sdpa row loop, enable_gqa": lambda layer: row_loop(layer, plain),
+        "sdpa row loop, folded": lambda layer: row_loop(layer, folded),
+        "sdpa padded, enable_gqa": lambda layer: padded(layer, plain),
+        "sdpa padded, folded": lambda layer: padded(layer, folded),
+    }
+    shape = (num_heads, num_kv_heads, HEAD_DIM, dtype, threads, sum(lengths))
+    return measure("decode", shape, contenders, num_layers, arguments.repeats)
+
+
+def bench_prefill(
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: str,
+    threads: int,
+    arguments: argparse.Namespace,
+) -> Result:
+    """One prompt of ``length`` tokens against its own keys, causal."""
+    torch.manual_seed(arguments.seed)
+    k_cache, v_cache = (
+        torch.randn(1, ROWS, num_kv_heads, HEAD_DIM, dtype=DTYPES[dtype]) for _ in "kv"
+    )
+    query = torch.randn(length, num_heads, HEAD_DIM).to(DTYPES[dtype])
+    view = make_view([length], [length])
+
+    def ours(_layer: int) -> Tensor:
+        return varlen_attention(query, k_cache, v_cache, view, softmax_scale=HEAD_DIM**-0.5)
+
+    def sdpa(_layer: int) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            k_cache[:, :length].transpose(1, 2),
+            v_cache[:, :length].transpose(1, 2),
+            is_causal=True,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+
+    contenders: dict[str, Contender] = {"vmalloc": ours, "sdpa causal, enable_gqa": sdpa}
+    shape = (num_heads, num_kv_heads, HEAD_DIM, dtype, threads, length)
+    return measure("prefill", shape, contenders, 1, max(5, arguments.repeats // 2))
+
+
+def measure(
+    phase: str,
+    shape: tuple[int, int, int, str, int, int],
+    contenders: dict[str, Contender],
+    num_layers: int,
+    repeats: int,
+) -> Result:
+    """Time the contenders in turns, each on the next layer, after one call of each to compare."""
+    ours, *others = [call(0).float() for call in contenders.values()]
+    max_error = max((ours - other).abs().max().item() for other in others)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    layer = 0
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            layer = (layer + 1) % num_layers
+            start = time.perf_counter()
+            call(layer)
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    timings = [
+        Timing(name, statistics.median(times), min(times), max(times))
+        for name, times in samples.items()
+    ]
+    best = min(timings[1:], key=lambda timing: timing.median_us)
+    num_heads, num_kv_heads, head_dim, dtype, threads, tokens = shape
+    return Result(
+        phase,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        dtype,
+        threads,
+        tokens,
+        num_layers,
+        max_error,
+        timings,
+        best.name,
+        best.median_us / timings[0].median_us,
+        min(timing.min_us for timing in timings[1:]) / timings[0].min_us,
+    )
+
+
+def ragged_lengths(seed: int) -> list[int]:
+    """Lognormal with the given mean, as chat lengths are."""
+    sigma = 0.5
+    draw = np.random.default_rng(seed).lognormal(np.log(MEAN_LENGTH) - sigma**2 / 2, sigma, BATCH)
+    return [int(length) for length in draw.clip(16, ROWS)]
+
+
+def make_view(q_lens: list[int], used: list[int]) -> KVBatchView:
+    bounds = np.concatenate([[0], np.cumsum(q_lens)])
+
+    def int32(values: object) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int32))
+
+    return KVBatchView(
+        int32(np.arange(len(used))), int32(bounds), int32(used), max(q_lens), max(used)
+    )
+
+
+def make_table(results: list[Result]) -> Table:
+    table = Table(title=f"us per call, median (min..max); kernel: {_core.attention_isa()}")
+    for column in (
+        "workload",
+        "heads",
+        "dtype",
+        "threads",
+        "contender",
+        "us",
+        "best SDPA / ours",
+        "of minima",
+    ):
+        right = column in ("threads", "us", "best SDPA / ours", "of minima")
+        table.add_column(column, justify="right" if right else "left")
+    for result in results:
+        for i, timing in enumerate(result.timings):
+            first = i == 0
+            table.add_row(
+                f"{result.phase} {result.tokens} tokens" if first else "",
+                f"{result.num_heads}/{result.num_kv_heads}" if first else "",
+                result.dtype if first else "",
+                str(result.threads) if first else "",
+                timing.name + (" *" if timing.name == result.best_sdpa else ""),
+                f"{timing.median_us:.0f} ({timing.min_us:.0f}..{timing.max_us:.0f})",
+                f"{result.speedup:.2f}" if first else "",
+                f"{result.speedup_of_minima:.2f}" if first else "",
+                end_section=i + 1 == len(result.timings),
+            )
+    return table
+
+
+def describe_machine(seed: int) -> dict[str, object]:
+    return {
+        "git": git_hash(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "isa": _core.attention_isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vmalloc": vmalloc.__version__,
+        "gomp_spincount": os.environ["GOMP_SPINCOUNT"],
+        "seed": seed,
+        "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
+    }
+
+
+def git_hash() -> str:
+    """The commit, with ``-dirty`` where the tree differs from it; empty outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

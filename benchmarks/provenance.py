@@ -1,0 +1,72 @@
+"""Where a benchmark result comes from: commit, machine, versions, command.
+
+Owns: nothing.  Thread-safety: reads the system only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """What somebody needs to run the same thing again."""
+    return {
+        "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "has_local_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "seed": seed,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("vmalloc", "torch", "numpy")},
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median with the lowest and highest value."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result where ``--json`` says, if it says."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(ROOT))
+    except ValueError:
+        return Path(path).name
+
+
+def _git(*arguments: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")

@@ -1,0 +1,189 @@
+"""The command line over the bundled model: what goes to stdout, exit codes, and clear errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmalloc import cli
+
+EXECUTABLE = Path(sys.executable).with_name("vmalloc")
+OUTPUT_KEYS = {"prompt", "text", "token_ids", "finish_reason"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vmalloc", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def generate_json(run, *arguments):
+    code, out, _ = run("generate", "--model", "demo", "--json", "--max-tokens", "12", *arguments)
+    assert code == 0
+    return json.loads(out)
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout():
+    result = subprocess.run(
+        [EXECUTABLE, "generate", "--json", "-p", "def ", "-p", "import ", "--max-tokens", "8"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    document = json.loads(result.stdout)
+    assert set(document) == {"outputs", "memory"}
+    assert [output["prompt"] for output in document["outputs"]] == ["def ", "import "]
+    for output in document["outputs"]:
+        assert set(output) == OUTPUT_KEYS
+        assert len(output["token_ids"]) == 8
+        assert output["text"]
+        assert output["finish_reason"] == "length"
+    memory = document["memory"]
+    assert memory["reserved_bytes"] > memory["max_length_bytes"] > memory["peak_committed_bytes"]
+    assert memory["peak_committed_bytes"] >= memory["peak_live_bytes"] > 0
+    assert memory["critical_pages"] + memory["background_pages"] > 0
+    assert memory["created_pages"] == (
+        memory["committed_pages"]
+        + memory["ahead_pages"]
+        + memory["parked_pages"]
+        + memory["free_pages"]
+        + memory["retired_pages"]
+    )
+
+
+def test_text_is_printed_in_the_order_of_the_prompts_with_the_memory_table(run):
+    code, out, _ = run("generate", "-p", "def ", "-p", "import ", "--max-tokens", "8")
+    assert code == 0
+    assert out.index("def ") < out.index("import ") < out.index("KV cache memory")
+    for words in (
+        "Address space reserved",
+        "Pages created",
+        "parked now",
+        "Map calls",
+        "Stall time",
+    ):
+        assert words in out
+
+
+def test_printed_text_is_the_generated_text(run):
+    expected = generate_json(run, "-p", "class Stack:")["outputs"][0]["text"]
+    code, out, _ = run("generate", "-p", "class Stack:", "--max-tokens", "12")
+    assert code == 0
+    assert ("class Stack:" + expected) in out
+
+
+def test_seed_repeats_a_sample_whatever_runs_beside_it(run):
+    alone = generate_json(run, "-p", "def ", "--temperature", "0.9", "--seed", "7")
+    again = generate_json(run, "-p", "def ", "-p", "x", "--temperature", "0.9", "--seed", "7")
+    other = generate_json(run, "-p", "def ", "--temperature", "0.9", "--seed", "8")
+    assert alone["outputs"][0]["token_ids"] == again["outputs"][0]["token_ids"]
+    assert alone["outputs"][0]["token_ids"] != other["outputs"][0]["token_ids"]
+
+
+def test_prompts_file_has_a_prompt_a_line_and_json_strings_for_newlines(run, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('def f(x):\n\n"class A:\\n    x"\n"not json\n')
+    outputs = generate_json(run, "--prompts-file", str(path))["outputs"]
+    assert [output["prompt"] for output in outputs] == ["def f(x):", "class A:\n    x", '"not json']
+
+
+def test_page_size_and_layers_per_group_change_memory_and_not_the_text(run):
+    plain = generate_json(run, "-p", "import ")
+    small = generate_json(run, "-p", "import ", "--page-size", "4096", "--layers-per-group", "1")
+    assert small["outputs"] == plain["outputs"]
+    assert small["memory"]["page_bytes"] == 4096
+    assert small["memory"]["peak_committed_bytes"] < plain["memory"]["peak_committed_bytes"]
+
+
+def test_info_names_drivers_kernels_and_the_choice(run):
+    code, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["drivers"][0]["name"] == "host"
+    assert facts["kv_backend"]["auto"] == "virtual"
+    assert facts["kv_backend"]["reason"]
+    assert facts["attention_kernels"][0]["isa"] in ("portable", "avx2", "avx512")
+    assert facts["limits"]["max_map_count"] > 0
+    code, out, _ = run("info")
+    assert code == 0
+    assert "granularity" in out
+
+
+def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
+    code, out, err = run(
+        *("generate", "--json", "-p", "def ", "-p", "x = 1\n" * 60, "--max-tokens", "4"),
+        *("--kv-cache-memory-bytes", str(4 * 65536)),
+    )
+    assert code == cli.EXIT_FAILED_REQUEST
+    outputs = json.loads(out)["outputs"]
+    assert outputs[0]["finish_reason"] == "length"
+    assert outputs[1]["finish_reason"] == "error"
+    assert "262144 bytes" in outputs[1]["error"]
+    assert "262144 bytes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no/such-model"], "no/such-model"),
+        ([], "there is no prompt"),
+        (["-p", ""], "prompt is empty"),
+        (["-p", "x" * 20_000], "max_model_len, 2048"),
+        (["-p", "x", "--max-tokens", "-1"], "max_tokens is -1"),
+        (["-p", "x", "--max-tokens", "0"], "max_tokens is 0"),
+        (["-p", "x", "--temperature", "-2"], "temperature is -2"),
+        (["-p", "x", "--top-p", "1.5"], "top_p is 1.5"),
+        (["-p", "x", "--page-size", "5000"], "page_bytes is 5000.*4096"),
+        (["-p", "x", "--layers-per-group", "9"], "layers_per_group is 9.*4"),
+        (["-p", "x", "--kv-cache-memory-bytes", "65536"], "holds 1 pages of 65536 bytes"),
+        (["-p", "x", "--max-model-len", "4096"], "max_model_len is 4096.*2048"),
+        (["-p", "x", "--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["-p", "x", "--max-num-seqs", "100000000"], "100000000"),
+        (["-p", "x", "--kv-backend", "paged"], "paged"),
+        (["--prompts-file", "no/such/file"], "no/such/file"),
+    ],
+)
+def test_bad_input_exits_with_2_and_names_the_value(run, arguments, words):
+    code, out, err = run("generate", "--json", *arguments)
+    assert code == cli.EXIT_BAD_INPUT
+    assert out == ""
+    assert err.startswith("error: ")
+    import re
+
+    assert re.search(words, err.replace("\n", " "))
+
+
+def test_a_model_that_is_no_decoder_is_refused_by_name(run, tmp_path):
+    from transformers import T5Config
+
+    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=32).save_pretrained(
+        tmp_path
+    )
+    code, _, err = run("generate", "-p", "x", "--model", str(tmp_path))
+    assert code == cli.EXIT_BAD_INPUT
+    assert "encoder-decoder" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-option"], ["--dtype", "int3"], ["--max-tokens", "x"]]
+)
+def test_unknown_options_exit_with_2(run, arguments):
+    code, _, _ = run("generate", "-p", "x", *arguments)
+    assert code == cli.EXIT_BAD_INPUT
+
+
+def test_help_shows_every_option_with_a_text(run):
+    code, out, _ = run("generate", "--help")
+    assert code == 0
+    for option in ("--prompt", "--max-tokens", "--temperature", "--kv-backend", "--page-size"):
+        assert option in out
