@@ -16,11 +16,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from provenance import provenance, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import vmalloc
 from vmalloc import _core
 from vmalloc.backend import KVBatchView
 from vmalloc.kernels.cpu import varlen_attention
@@ -97,11 +93,8 @@ def main() -> None:
                 results += [bench_prefill(length, *shape) for length in PROMPTS]
     Console(width=140).print(make_table(results))
     if arguments.json:
-        report = {
-            "machine": describe_machine(arguments.seed),
-            "results": list(map(asdict, results)),
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        machine = {**provenance(arguments.seed), "isa": _core.attention_isa()}
+        write_json(arguments.json, {"provenance": machine, "results": list(map(asdict, results))})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -293,45 +286,6 @@ def make_table(results: list[Result]) -> Table:
                 end_section=i + 1 == len(result.timings),
             )
     return table
-
-
-def describe_machine(seed: int) -> dict[str, object]:
-    return {
-        "git": git_hash(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "isa": _core.attention_isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vmalloc": vmalloc.__version__,
-        "gomp_spincount": os.environ["GOMP_SPINCOUNT"],
-        "seed": seed,
-        "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
-    }
-
-
-def git_hash() -> str:
-    """The commit, with ``-dirty`` where the tree differs from it; empty outside a checkout."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

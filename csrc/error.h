@@ -2,6 +2,7 @@
 // Owns: nothing.  Thread-safety: immutable values.
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -35,6 +36,11 @@ class ClosedError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+
+/// "`name` is `value`; it must be `rule`", the form of every ConfigError.
+inline std::string with_limit(const char* name, std::size_t value, const std::string& rule) {
+  return std::string(name) + " is " + std::to_string(value) + "; it must be " + rule;
+}
 
 /// Throw InvariantError with `text` unless `holds`.
 inline void check_invariant(bool holds, const char* text) {

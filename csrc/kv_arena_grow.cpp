@@ -1,0 +1,271 @@
+// kv_arena_grow.cpp: the half of the arena that backs rows: plan, acquire and map, publish.
+// Owns: nothing of its own.  Thread-safety: see kv_arena.h.
+#include <algorithm>
+#include <chrono>
+#include <exception>
+
+#include "error.h"
+#include "kv_arena.h"
+
+namespace vmalloc {
+namespace {
+
+/// Adds the time from construction to destruction to `*total_us`.
+class StallTimer {
+ public:
+  explicit StallTimer(double* total_us)
+      : total_us_(total_us), start_(std::chrono::steady_clock::now()) {}
+  ~StallTimer() {
+    const std::chrono::duration<double, std::micro> elapsed =
+        std::chrono::steady_clock::now() - start_;
+    *total_us_ += elapsed.count();
+  }
+  StallTimer(const StallTimer&) = delete;
+  StallTimer& operator=(const StallTimer&) = delete;
+
+ private:
+  double* total_us_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+}  // namespace
+
+std::size_t KVArena::plan(std::uint32_t slot, std::size_t num_rows,
+                          std::vector<Growth>* plan) const {
+  std::size_t total = 0;
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    // Retired pages at the tail are still mapped, so growth starts after them; publishing takes
+    // them back.
+    const std::vector<PageId>& pages = slots_[slot].regions[r].pages;
+    const std::size_t needed = pages_needed(r, num_rows);
+    if (needed <= pages.size()) continue;
+    const PageId after = pages.empty() ? kNoPage : pages.back();
+    plan->push_back({slot, r, pages.size(), needed - pages.size(), after, {}, false});
+    total += needed - pages.size();
+  }
+  return total;
+}
+
+bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
+  try {
+    std::vector<PageHandle> handles;
+    for (Growth& growth : plan) {
+      std::vector<PageId> pages(growth.num_pages);
+      bool any_used = false;
+      if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
+        undo(plan);
+        return false;
+      }
+      growth.pages = std::move(pages);
+      handles.clear();
+      for (const PageId page : growth.pages) handles.push_back(pool_.handle(page));
+      const Address address = regions_[growth.region]->page_address(growth.slot, growth.first);
+      if (!driver_->try_map(address, handles.data(), handles.size(), Access::kReadWrite)) {
+        undo(plan);
+        return false;
+      }
+      growth.is_mapped = true;
+      if (config_.zero_on_reuse && any_used) {
+        driver_->zero(address, growth.num_pages * totals_.page_bytes);
+      }
+    }
+  } catch (...) {
+    undo(plan);
+    throw;
+  }
+  return true;
+}
+
+void KVArena::undo(std::vector<Growth>& plan) {
+  for (Growth& growth : plan) {
+    if (growth.is_mapped) {
+      driver_->unmap(regions_[growth.region]->page_address(growth.slot, growth.first),
+                     growth.num_pages);
+    }
+    for (const PageId page : growth.pages) pool_.release(page);
+    growth.pages.clear();
+    growth.is_mapped = false;
+  }
+}
+
+std::size_t KVArena::publish(const std::vector<Growth>& plan) {
+  std::size_t num_pages = 0;
+  for (const Growth& growth : plan) {
+    SlotPages& mapped = slots_[growth.slot].regions[growth.region];
+    for (std::size_t i = mapped.num_held(); i < mapped.pages.size(); ++i) {
+      pool_.restore(mapped.pages[i]);
+    }
+    mapped.retired_epochs.clear();
+    retiring_.erase({growth.slot, growth.region});
+    mapped.pages.insert(mapped.pages.end(), growth.pages.begin(), growth.pages.end());
+    num_pages += growth.num_pages;
+  }
+  return num_pages;
+}
+
+/// Take back retired pages that the first `num_rows` rows need; they are still mapped.
+void KVArena::restore_retired(std::uint32_t slot, std::size_t num_rows) {
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    SlotPages& mapped = slots_[slot].regions[r];
+    const std::size_t num_held = mapped.num_held();
+    const std::size_t needed = std::min(pages_needed(r, num_rows), mapped.pages.size());
+    if (needed <= num_held) continue;
+    for (std::size_t i = num_held; i < needed; ++i) pool_.restore(mapped.pages[i]);
+    const auto first = mapped.retired_epochs.begin();
+    mapped.retired_epochs.erase(first, first + static_cast<std::ptrdiff_t>(needed - num_held));
+    if (mapped.retired_epochs.empty()) retiring_.erase({slot, r});
+  }
+}
+
+/// Back `wanted_rows` of every slot, or change nothing.
+bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
+  const StallTimer timer(&totals_.stall_us);
+  landed_.wait(lock, [&] {
+    return std::none_of(slots.begin(), slots.end(),
+                        [this](std::uint32_t slot) { return slots_[slot].in_flight; });
+  });
+  // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
+  poll_fences();
+  std::vector<Growth> growths;
+  std::size_t num_pages = 0;
+  for (const std::uint32_t slot : slots) {
+    num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
+  }
+  if (num_pages > 0) {
+    if (pool_.available() < num_pages) {
+      make_available(num_pages);
+      if (pool_.available() < num_pages) return false;
+    }
+    if (!acquire_and_map(growths)) return false;
+    totals_.critical_pages += publish(growths);
+  }
+  for (const std::uint32_t slot : slots) restore_retired(slot, slots_[slot].wanted_rows);
+  return true;
+}
+
+bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows,
+                         std::size_t count) {
+  Lock lock = enter();
+  growing_.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    Slot& slot = slots_[live_slot(slots[i])];
+    const auto rows = static_cast<std::size_t>(num_rows[i]);
+    if (num_rows[i] < 0 || rows < slot.num_rows || rows > config_.max_rows) {
+      throw ConfigError("slot " + std::to_string(slots[i]) + " is extended to " +
+                        std::to_string(num_rows[i]) + " rows; it must be between the current " +
+                        std::to_string(slot.num_rows) + " and the maximum, " +
+                        std::to_string(config_.max_rows));
+    }
+    if (rows > slot.commit_rows) growing_.push_back(static_cast<std::uint32_t>(slots[i]));
+  }
+  if (!growing_.empty()) {
+    for (std::size_t i = 0; i < count; ++i) {
+      Slot& slot = slots_[static_cast<std::size_t>(slots[i])];
+      slot.wanted_rows = std::max(slot.wanted_rows, static_cast<std::size_t>(num_rows[i]));
+    }
+    const auto forget = [&] {
+      for (std::size_t i = 0; i < count; ++i) {
+        slots_[static_cast<std::size_t>(slots[i])].wanted_rows = 0;
+      }
+    };
+    bool is_backed = false;
+    try {
+      is_backed = grow(lock, growing_);
+    } catch (...) {
+      forget();
+      throw;
+    }
+    forget();
+    if (!is_backed) return false;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::uint32_t>(slots[i]);
+    Slot& slot = slots_[id];
+    set_rows(slot, std::max(slot.num_rows, static_cast<std::size_t>(num_rows[i])));
+    if (slot.num_rows + config_.ahead_rows > slot.ready_rows) post(id);
+  }
+  note_peak();
+  return true;
+}
+
+void KVArena::set_rows(Slot& slot, std::size_t num_rows) {
+  live_rows_ += num_rows - slot.num_rows;  // unsigned, so a shrink wraps twice and comes out right
+  if (num_rows <= slot.commit_rows && num_rows >= slot.num_rows) {
+    slot.num_rows = num_rows;
+    return;
+  }
+  committed_pages_ -= slot_pages_needed(slot.num_rows);
+  slot.num_rows = num_rows;
+  committed_pages_ += slot_pages_needed(num_rows);
+  update_limits(slot);
+}
+
+void KVArena::post(std::uint32_t slot) {
+  Slot& entry = slots_[slot];
+  if (worker_ == nullptr || entry.is_queued || entry.ready_rows >= config_.max_rows) return;
+  entry.is_queued = true;
+  worker_->post(slot);
+}
+
+/// Runs on the worker: back the rows that the slot will need next, if pages are plentiful.
+void KVArena::commit_ahead(std::uint32_t slot) {
+  Lock lock(mutex_);
+  Slot& entry = slots_[slot];
+  entry.is_queued = false;
+  const std::size_t target = entry.state == SlotState::kLive
+                                 ? std::min(entry.num_rows + config_.ahead_rows, config_.max_rows)
+                                 : entry.wanted_rows;
+  std::vector<Growth> growths;
+  const std::size_t num_pages = plan(slot, target, &growths);
+  if (num_pages == 0) return;
+  // Never below the watermark, and never at the cost of another slot: commit-ahead is a luxury.
+  if (pool_.available() < num_pages + config_.low_pages) return;
+  entry.in_flight = true;
+  lock.unlock();
+  bool is_mapped = false;
+  std::exception_ptr failure;
+  try {
+    is_mapped = acquire_and_map(growths);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  lock.lock();
+  entry.in_flight = false;
+  if (is_mapped) {
+    totals_.background_pages += publish(growths);
+    update_limits(entry);
+    if (entry.state == SlotState::kIdle) update_idle_key(slot);
+  }
+  lock.unlock();
+  landed_.notify_all();
+  if (failure) std::rethrow_exception(failure);
+}
+
+void KVArena::wait_landed(Lock& lock) {
+  landed_.wait(lock, [this] {
+    return std::none_of(slots_.begin(), slots_.end(),
+                        [](const Slot& slot) { return slot.in_flight; });
+  });
+}
+
+void KVArena::wait_worker() {
+  static_cast<void>(enter());  // checks only; the worker needs the lock to finish
+  if (worker_ != nullptr) worker_->wait_idle();
+}
+
+void KVArena::prefetch(std::size_t num_rows) {
+  const Lock lock = enter();
+  if (worker_ == nullptr || num_rows == 0 || num_rows > config_.max_rows) return;
+  // The same hint may come every step, so one slot is warmed at a time.
+  if (warming_ != kNoSlot && slots_[warming_].wanted_rows >= num_rows &&
+      slots_[warming_].state == SlotState::kIdle) {
+    return;
+  }
+  const auto fits = idle_.lower_bound({slot_pages_needed(num_rows), 0});
+  if (fits != idle_.end() || idle_.empty()) return;  // warm enough already, or nothing to warm
+  warming_ = std::prev(fits)->second;
+  slots_[warming_].wanted_rows = num_rows;
+  post(warming_);
+}
+
+}  // namespace vmalloc

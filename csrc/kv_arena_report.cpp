@@ -1,0 +1,111 @@
+// kv_arena_report.cpp: what the arena tells of itself, and the recount that proves it.
+// Owns: nothing of its own.  Thread-safety: see kv_arena.h.
+#include <algorithm>
+
+#include "error.h"
+#include "kv_arena.h"
+
+namespace vmalloc {
+
+void KVArena::note_peak() {
+  totals_.peak_committed_pages = std::max(totals_.peak_committed_pages, committed_pages_);
+  totals_.peak_live_bytes = std::max(totals_.peak_live_bytes, live_rows_ * row_bytes_);
+  totals_.peak_live = std::max(totals_.peak_live, num_live_);
+}
+
+void KVArena::check_slot(std::uint32_t slot) const {
+  if (slot >= slots_.size()) {
+    throw ConfigError(
+        with_limit("slot", slot, "below the number of slots, " + std::to_string(slots_.size())));
+  }
+}
+
+std::size_t KVArena::mapped_rows(std::uint32_t slot) {
+  const Lock lock = enter();
+  check_slot(slot);
+  std::size_t num_rows = config_.max_rows;
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    num_rows = std::min(num_rows, regions_[r]->rows_in(slots_[slot].regions[r].num_held()));
+  }
+  return num_rows;
+}
+
+std::size_t KVArena::max_slot_rows() {
+  const Lock lock = enter();
+  std::size_t low = 0, high = config_.max_rows;
+  while (low < high) {
+    const std::size_t middle = low + (high - low + 1) / 2;
+    if (slot_pages_needed(middle) <= config_.max_pages) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+ArenaStats KVArena::stats() {
+  const Lock lock = enter();
+  ArenaStats stats = totals_;
+  stats.pool = pool_.stats();
+  stats.driver = driver_->counters();
+  stats.live_bytes = live_rows_ * row_bytes_;
+  stats.committed_pages = committed_pages_;
+  stats.parked_pages = parked_pages_;
+  stats.num_live = num_live_;
+  // What is left: mapped past the ends of live slots, or being mapped by the worker right now.
+  stats.ahead_pages = stats.pool.num_in_use - committed_pages_ - parked_pages_;
+  if (worker_ != nullptr) stats.worker_error = worker_->error();
+  return stats;
+}
+
+void KVArena::check_invariants() {
+  Lock lock = enter();
+  wait_landed(lock);
+  std::vector<std::uint32_t> live, retired;
+  const auto count = [](std::vector<std::uint32_t>& counts, PageId page) {
+    if (page >= counts.size()) counts.resize(page + 1, 0);
+    ++counts[page];
+  };
+  std::size_t num_live = 0, live_rows = 0, committed = 0, parked = 0, num_idle = 0;
+  std::size_t num_retiring = 0;
+  for (std::uint32_t id = 0; id < slots_.size(); ++id) {
+    const Slot& slot = slots_[id];
+    if (slot.state == SlotState::kLive) {
+      ++num_live;
+      live_rows += slot.num_rows;
+      committed += slot_pages_needed(slot.num_rows);
+      check_invariant(slot.num_rows <= slot.commit_rows && slot.commit_rows <= slot.ready_rows,
+                      "rows <= commit_rows <= ready_rows does not hold for a live slot");
+    } else if (slot.state == SlotState::kIdle) {
+      ++num_idle;
+      parked += num_mapped(slot);
+      check_invariant(slot.num_rows == 0, "an idle slot has rows");
+      check_invariant(idle_.count({num_mapped(slot), id}) == 1,
+                      "the index of idle slots does not know an idle slot as it is");
+    }
+    for (std::size_t r = 0; r < regions_.size(); ++r) {
+      const SlotPages& mapped = slot.regions[r];
+      const std::size_t num_held = mapped.num_held();
+      check_invariant(num_held >= pages_needed(r, slot.num_rows),
+                      "rows of a live slot are not backed");
+      check_invariant(mapped.pages.size() * totals_.page_bytes <= regions_[r]->slot_bytes(),
+                      "a slot has more pages than addresses");
+      for (std::size_t i = 0; i < mapped.pages.size(); ++i) {
+        count(i < num_held ? live : retired, mapped.pages[i]);
+      }
+      if (!mapped.retired_epochs.empty()) ++num_retiring;
+      check_invariant(retiring_.count({id, r}) == (mapped.retired_epochs.empty() ? 0U : 1U),
+                      "the list of retiring pages does not match the slots");
+    }
+  }
+  check_invariant(num_live == num_live_, "num_live is not the number of live slots");
+  check_invariant(live_rows == live_rows_, "live_rows is not the sum of the slots' rows");
+  check_invariant(committed == committed_pages_, "committed pages are miscounted");
+  check_invariant(parked == parked_pages_, "parked pages are miscounted");
+  check_invariant(num_idle == idle_.size(), "the index of idle slots has strangers");
+  check_invariant(num_retiring == retiring_.size(), "the list of retiring pages has strangers");
+  pool_.check_invariants(live, retired);
+}
+
+}  // namespace vmalloc

@@ -1,0 +1,159 @@
+// kv_arena_shrink.cpp: the half of the arena that takes pages back: retire, settle, reclaim, trim.
+// Owns: nothing of its own.  Thread-safety: see kv_arena.h.
+#include <algorithm>
+#include <iterator>
+
+#include "error.h"
+#include "kv_arena.h"
+
+namespace vmalloc {
+
+void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
+  Lock lock = enter();
+  Slot& entry = slots_[live_slot(slot)];
+  if (num_rows > entry.num_rows) {
+    throw ConfigError(with_limit(
+        "num_rows", num_rows, "at most the rows the slot has, " + std::to_string(entry.num_rows)));
+  }
+  landed_.wait(lock, [&entry] { return !entry.in_flight; });
+  set_rows(entry, num_rows);
+  drop_tail(slot, std::min(num_rows + config_.ahead_rows, config_.max_rows), SIZE_MAX);
+}
+
+/// Retire pages from the slot's tail that rows [0, keep_rows) do not need, at most `max_pages`;
+/// the number retired. Those that no kernel can still read are unmapped at once.
+std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::size_t max_pages) {
+  Slot& entry = slots_[slot];
+  const Epoch last_use = entry.state == SlotState::kLive ? epoch_ : entry.last_use;
+  std::size_t num_dropped = 0;
+  for (std::size_t r = regions_.size(); r-- > 0 && num_dropped < max_pages;) {
+    SlotPages& mapped = entry.regions[r];
+    const std::size_t num_held = mapped.num_held();
+    const std::size_t needed = pages_needed(r, keep_rows);
+    if (num_held <= needed) continue;
+    const std::size_t num_pages = std::min(num_held - needed, max_pages - num_dropped);
+    std::vector<Epoch> epochs(num_pages);
+    for (std::size_t i = 0; i < num_pages; ++i) {
+      const std::size_t page_idx = num_held - num_pages + i;
+      pool_.retire(mapped.pages[page_idx]);
+      epochs[i] = page_idx < mapped.num_exposed ? last_use : 0;
+    }
+    mapped.retired_epochs.insert(mapped.retired_epochs.begin(), epochs.begin(), epochs.end());
+    retiring_.insert({slot, r});
+    num_dropped += num_pages;
+    if (settle_region(slot, r)) retiring_.erase({slot, r});
+  }
+  if (num_dropped == 0) return 0;
+  update_limits(entry);
+  if (entry.state == SlotState::kIdle) update_idle_key(slot);
+  return num_dropped;
+}
+
+/// Unmap and free the region's retired pages whose steps are complete; true if none is left.
+bool KVArena::settle_region(std::uint32_t slot, std::size_t region) {
+  SlotPages& mapped = slots_[slot].regions[region];
+  std::size_t num_pages = 0;
+  while (num_pages < mapped.retired_epochs.size() &&
+         mapped.retired_epochs[mapped.retired_epochs.size() - 1 - num_pages] <= completed_) {
+    ++num_pages;
+  }
+  if (num_pages > 0) {
+    const std::size_t first = mapped.pages.size() - num_pages;
+    driver_->unmap(regions_[region]->page_address(slot, first), num_pages);
+    for (std::size_t i = first; i < mapped.pages.size(); ++i) pool_.settle(mapped.pages[i]);
+    mapped.pages.resize(first);
+    mapped.retired_epochs.resize(mapped.retired_epochs.size() - num_pages);
+    mapped.num_exposed = std::min(mapped.num_exposed, first);
+  }
+  return mapped.retired_epochs.empty();
+}
+
+void KVArena::settle() {
+  for (auto it = retiring_.begin(); it != retiring_.end();) {
+    // An in-flight growth counts on where the slot's pages end; it is settled next time.
+    const bool is_done = !slots_[it->first].in_flight && settle_region(it->first, it->second);
+    it = is_done ? retiring_.erase(it) : std::next(it);
+  }
+}
+
+/// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
+/// that is short only because of them had better try again after the step.
+void KVArena::make_available(std::size_t num_pages) {
+  const std::size_t coming = pool_.available() + pool_.stats().num_retired;
+  if (coming >= num_pages) return;
+  const std::size_t missing = num_pages - coming;
+  const std::size_t num_ahead = reclaim_ahead(missing);
+  if (num_ahead < missing) reclaim_parked(missing - num_ahead);
+}
+
+std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
+  std::size_t num_reclaimed = 0;
+  for (std::uint32_t slot = 0; slot < slots_.size() && num_reclaimed < num_pages; ++slot) {
+    const Slot& entry = slots_[slot];
+    if (entry.state == SlotState::kIdle || entry.in_flight) continue;
+    num_reclaimed +=
+        drop_tail(slot, std::max(entry.num_rows, entry.wanted_rows), num_pages - num_reclaimed);
+  }
+  totals_.reclaimed_pages += num_reclaimed;
+  return num_reclaimed;
+}
+
+std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
+  std::vector<std::uint32_t> parked;
+  for (auto it = idle_.rbegin(); it != idle_.rend() && it->first > 0; ++it) {
+    if (!slots_[it->second].in_flight) parked.push_back(it->second);
+  }
+  std::sort(parked.begin(), parked.end(), [this](std::uint32_t a, std::uint32_t b) {
+    return slots_[a].parked_at < slots_[b].parked_at;
+  });
+  std::size_t num_reclaimed = 0;
+  for (const std::uint32_t slot : parked) {
+    if (num_reclaimed >= num_pages) break;
+    slots_[slot].wanted_rows = 0;
+    num_reclaimed += drop_tail(slot, 0, num_pages - num_reclaimed);
+  }
+  totals_.reclaimed_pages += num_reclaimed;
+  return num_reclaimed;
+}
+
+/// Pages in use that no live row needs: committed ahead, or parked.
+std::size_t KVArena::reclaimable() const { return pool_.stats().num_in_use - committed_pages_; }
+
+void KVArena::give_back_above_high() {
+  if (config_.high_pages >= config_.max_pages) return;
+  const std::size_t num_free = pool_.stats().num_free;
+  if (num_free + parked_pages_ <= config_.high_pages) return;
+  const std::size_t surplus = num_free + parked_pages_ - config_.high_pages;
+  if (surplus > num_free) reclaim_parked(surplus - num_free);
+  const std::size_t now_free = pool_.stats().num_free;
+  pool_.trim(now_free > surplus ? now_free - surplus : 0);
+}
+
+std::size_t KVArena::trim(std::size_t keep_free) {
+  Lock lock = enter();
+  wait_landed(lock);
+  poll_fences();
+  reclaim_ahead(SIZE_MAX);
+  reclaim_parked(SIZE_MAX);
+  return pool_.trim(keep_free);
+}
+
+void KVArena::resize(std::size_t max_pages) {
+  Lock lock = enter();
+  const std::size_t min_pages = slot_pages_needed(1) + 1;
+  if (max_pages < min_pages) {
+    throw ConfigError(
+        with_limit("the new cap in pages", max_pages, "at least " + std::to_string(min_pages)));
+  }
+  config_.max_pages = max_pages;
+  pool_.set_max_pages(max_pages);
+  const PoolStats pool = pool_.stats();
+  if (pool.num_created <= max_pages) return;
+  wait_landed(lock);
+  poll_fences();
+  const std::size_t surplus = pool.num_created - max_pages;
+  const std::size_t num_ahead = reclaim_ahead(surplus);
+  if (num_ahead < surplus) reclaim_parked(surplus - num_ahead);
+}
+
+}  // namespace vmalloc

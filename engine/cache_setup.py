@@ -1,0 +1,86 @@
+"""From an engine's settings to its KV cache: defaults that depend on the model and the host.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from .. import create_kv_backend
+from ..backend import KVBackend
+from ..config import KVCacheConfig, LayerKVSpec
+from ..errors import ConfigError
+from .config import EngineConfig
+from .host_memory import available_bytes
+from .model_loader import context_tokens
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MEMORY_SHARE = 0.25
+"""Share of the available memory that the KV cache may take when no cap is given."""
+
+HOST_PAGE_BYTES = 64 * 1024
+"""Page assumed when the default cap is rounded up."""
+
+
+def resolve_max_model_len(model: torch.nn.Module, config: EngineConfig) -> int:
+    """``max_model_len``, or the model's context. Raises ``ConfigError`` beyond that."""
+    limit = context_tokens(model)
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model's context is {limit} tokens"
+        )
+    return config.max_model_len
+
+
+def resolve_config(
+    config: EngineConfig, layers: tuple[LayerKVSpec, ...], max_model_len: int
+) -> EngineConfig:
+    """``config`` with every None that the engine decides filled in."""
+    token_bytes = sum(layer.k_bytes + layer.v_bytes for layer in layers)
+    page_bytes = config.page_size or HOST_PAGE_BYTES
+    num_groups = -(-len(layers) // (config.layers_per_group or len(layers)))
+    # Full length for everyone, each with a partly used page in every group.
+    most = config.max_num_seqs * (max_model_len * token_bytes + 2 * num_groups * page_bytes)
+    cap = config.kv_cache_memory_bytes
+    if cap is None:
+        cap = min(int(available_bytes() * DEFAULT_MEMORY_SHARE), most)
+    return replace(
+        config,
+        kv_cache_memory_bytes=cap,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=config.step_tokens,
+    )
+
+
+def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBackend:
+    """The KV cache of a resolved config. A cap below one full-length sequence only warns."""
+    assert config.max_model_len is not None
+    assert config.kv_cache_memory_bytes is not None
+    backend = create_kv_backend(
+        KVCacheConfig(
+            layers=layers,
+            max_num_seqs=config.max_num_seqs,
+            max_seq_len=config.max_model_len,
+            capacity_bytes=config.kv_cache_memory_bytes,
+            page_bytes=config.page_size,
+            layers_per_group=config.layers_per_group,
+            commit_ahead_tokens=config.commit_ahead_tokens,
+        ),
+        kind=config.kv_backend,
+    )
+    if backend.max_seq_tokens() < config.max_model_len:
+        logger.warning(
+            "the KV cap of %d bytes holds %d tokens of one sequence, less than max_model_len, %d; "
+            "a request that grows beyond it ends with an error, alone",
+            config.kv_cache_memory_bytes,
+            backend.max_seq_tokens(),
+            config.max_model_len,
+        )
+    return backend

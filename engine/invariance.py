@@ -1,0 +1,41 @@
+"""Checks at load that rows do not depend on batch mates, where the engine promises that.
+
+Owns: nothing.  Thread-safety: stateless; the model must not be in use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import LayerKVSpec
+from ..errors import ConfigError
+from .model_loader import vocab_size
+from .trial import BackendFactory, run_trial
+
+SUBJECT_TOKENS = 11
+MATE_TOKENS = (1, 5, 13, 29, 61, 125)
+"""Lengths of the batch mates tried: padded row counts from 16 to 136, plus all of them at once."""
+
+
+def check_batch_invariance(
+    model: torch.nn.Module, layers: tuple[LayerKVSpec, ...], create_backend: BackendFactory
+) -> None:
+    """Raise ``ConfigError`` unless a sequence's logits are bitwise the same beside any mates."""
+    any_model: Any = model
+    limit = vocab_size(model)
+    subject = [(5 + 101 * idx) % limit for idx in range(SUBJECT_TOKENS)]
+    mates = [[(7 + 37 * idx + num) % limit for idx in range(num)] for num in MATE_TOKENS]
+    alone = run_trial(any_model, layers, [subject], create_backend, batch_invariant=True)[0]
+    for batch in [*([mate] for mate in mates), mates]:
+        logits = run_trial(
+            any_model, layers, [subject, *batch], create_backend, batch_invariant=True
+        )[0]
+        if not torch.equal(alone, logits):
+            difference = float((alone - logits).abs().max())
+            raise ConfigError(
+                f"batch_invariant is True; {type(model).__name__} gives logits that differ by "
+                f"{difference:.1e} beside {sum(map(len, batch))} tokens of other sequences "
+                "(experts of a mixture see a varying number of rows)"
+            )

@@ -1,0 +1,207 @@
+"""Offline generation with the shape of vLLM's ``LLM``.
+
+Owns: one engine.  Thread-safety: none; one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..backend import KVCacheStats
+from ..errors import ConfigError
+from .config import DtypeName, EngineConfig, KVBackendName
+from .llm_engine import LLMEngine
+from .model_loader import check_module, load_model, resolve_model_name
+from .outputs import RequestOutput
+from .progress import GenerationProgress
+from .sampling_params import RequestOutputKind, SamplingParams
+from .tokenizer import load_tokenizer
+
+Prompt = str | dict[str, Any] | Sequence[int]
+OnToken = Callable[[RequestOutput], None]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: ``"demo"`` for the bundled checkpoint, a local folder, a hub id, or a transformers
+            module on CPU (whose attention is ours until ``close``).
+        tokenizer: folder, hub id or tokenizer object. None: the model's own; a module that is
+            passed ready built has none.
+        skip_tokenizer_init: work with token ids only.
+
+    The other arguments are those of ``EngineConfig``. Raises ``ConfigError`` and
+    ``UnsupportedModelError``.
+    """
+
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        skip_tokenizer_init: bool = False,
+        dtype: DtypeName = "auto",
+        kv_backend: KVBackendName = "auto",
+        kv_cache_memory_bytes: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        page_size: int | None = None,
+        layers_per_group: int | None = None,
+        commit_ahead_tokens: int = 4,
+        seed: int = 0,
+        batch_invariant: bool = False,
+        max_logprobs: int = 20,
+    ) -> None:
+        config = EngineConfig(
+            dtype=dtype,
+            kv_backend=kv_backend,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            layers_per_group=layers_per_group,
+            commit_ahead_tokens=commit_ahead_tokens,
+            seed=seed,
+            batch_invariant=batch_invariant,
+            max_logprobs=max_logprobs,
+        )
+        if isinstance(model, str):
+            name = resolve_model_name(model)
+            module = load_model(name, dtype)
+            tokenizer = name if tokenizer is None else tokenizer
+        else:
+            check_module(model, dtype)
+            module = model.eval()
+        if skip_tokenizer_init:
+            tokenizer = None
+        elif isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(resolve_model_name(tokenizer))
+        self.engine = LLMEngine(module, tokenizer, config)
+        self._num_requests = 0
+
+    @property
+    def config(self) -> EngineConfig:
+        """Settings with every default filled in."""
+        return self.engine.config
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self.engine.tokenizer
+
+    def kv_stats(self) -> KVCacheStats:
+        """What the KV memory is doing."""
+        return self.engine.kv_stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        on_token: OnToken | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched continuously; one output per prompt, in their order.
+
+        Args:
+            prompts: text, ``{"prompt_token_ids": [...]}`` or a list of token ids; or a list of
+                these.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: show a progress bar on stderr.
+            on_token: called after each step for each request that has new tokens, with only what
+                is new in ``outputs[0].text`` and ``.token_ids``; ``request_id`` is the index of
+                the prompt.
+
+        Raises ``ConfigError``, before anything runs, if any prompt or setting cannot work. A
+        request that does not fit the KV cache ends alone with ``finish_reason="error"``.
+        """
+        prompt_list = _as_prompts(prompts)
+        params_list = _as_params(sampling_params, len(prompt_list))
+        kind = RequestOutputKind.FINAL_ONLY if on_token is None else RequestOutputKind.DELTA
+        first = self._num_requests
+        self._num_requests += len(prompt_list)
+        names = [str(first + idx) for idx in range(len(prompt_list))]
+        collected = _Collector(names)
+        progress = GenerationProgress(len(prompt_list), is_shown=use_tqdm)
+        try:
+            for name, prompt, params in zip(names, prompt_list, params_list, strict=True):
+                self.engine.add_request(name, prompt, replace(params, output_kind=kind))
+            with progress:
+                while self.engine.has_unfinished_requests():
+                    for output in self.engine.step():
+                        collected.add(output)
+                        if on_token is not None:
+                            on_token(output)
+                        progress.update(output)
+        finally:
+            self.engine.abort_request(names)
+        return collected.outputs()
+
+    def close(self) -> None:
+        """Give the KV memory back. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Collector:
+    """Puts streamed pieces together again, one whole output per request."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._idx = {name: idx for idx, name in enumerate(names)}
+        self._whole: dict[int, RequestOutput] = {}
+
+    def add(self, output: RequestOutput) -> None:
+        """Take a piece; its ``request_id`` becomes the index of the prompt."""
+        idx = self._idx[output.request_id]
+        output.request_id = str(idx)
+        whole = self._whole.get(idx)
+        new = output.outputs[0]
+        if whole is not None:
+            old = whole.outputs[0]
+            completion = replace(
+                new,
+                text=old.text + new.text,
+                token_ids=old.token_ids + new.token_ids,
+                logprobs=None if new.logprobs is None else (old.logprobs or []) + new.logprobs,
+            )
+        else:
+            completion = replace(new)
+        self._whole[idx] = replace(output, outputs=[completion])
+
+    def outputs(self) -> list[RequestOutput]:
+        return [self._whole[idx] for idx in range(len(self._idx))]
+
+
+def _as_prompts(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise ConfigError(f"prompts is a {type(prompts).__name__}; it must be a prompt or a list")
+    is_one_token_list = bool(prompts) and all(isinstance(item, int) for item in prompts)
+    return [list(prompts)] if is_one_token_list else list(prompts)
+
+
+def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * num_prompts
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise ConfigError(f"sampling_params has {len(params)} entries for {num_prompts} prompts")
+    return list(params)

@@ -1,0 +1,113 @@
+"""Finds and loads a decoder, and tells what the engine must know of it.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import ConfigError
+from .errors import UnsupportedModelError
+
+DEMO_MODEL = "demo"
+"""Names the checkpoint that is bundled with the engine."""
+
+DEFAULT_CONTEXT_TOKENS = 2048
+"""Context of models whose config does not tell."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_model_name(name: str) -> str:
+    """The folder behind ``"demo"``; any other local path or hub id as it is."""
+    return str(Path(__file__).resolve().parent / "demo_model") if name == DEMO_MODEL else name
+
+
+def load_model(name: str, dtype: str) -> torch.nn.Module:
+    """Load weights of a local folder or hub id, local files first; ``"auto"`` is float32 on CPU.
+
+    Raises ``ConfigError`` if nothing is there and ``UnsupportedModelError`` if it is no decoder.
+    """
+    config, is_local = _load_config(name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            name, "architecture", f"{type(config).__name__} is an encoder-decoder"
+        )
+    try:
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            name, dtype=_DTYPES.get(dtype, torch.float32), local_files_only=is_local
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise ConfigError(f"model is {name!r}; it cannot be loaded: {error}") from error
+        reason = f"{type(config).__name__} has no causal language model in transformers"
+        raise UnsupportedModelError(name, "architecture", reason) from error
+    except OSError as error:
+        raise ConfigError(f"model is {name!r}; its weights cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def _load_config(name: str) -> tuple[Any, bool]:
+    """The model's config, and whether it came from local files."""
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True), True
+    except (OSError, ValueError) as error:
+        if Path(name).exists():
+            raise ConfigError(f"model is {name!r}; that folder has no model: {error}") from error
+    try:
+        return AutoConfig.from_pretrained(name), False
+    except Exception as error:
+        raise ConfigError(
+            f"model is {name!r}; it is neither a local folder with a model nor a hub id that can "
+            f"be reached: {error}"
+        ) from error
+
+
+def check_module(model: torch.nn.Module, dtype: str) -> None:
+    """Raise ``ConfigError`` unless a ready-built module can run here in ``dtype``."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or not hasattr(model, "config"):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; it must be a transformers model with weights"
+        )
+    if parameter.device.type != "cpu":
+        raise ConfigError(f"model is on {parameter.device}; this version computes on cpu")
+    if parameter.dtype not in _DTYPES.values():
+        raise ConfigError(f"model dtype is {parameter.dtype}; supported: {', '.join(_DTYPES)}")
+    if dtype != "auto" and parameter.dtype != _DTYPES[dtype]:
+        raise ConfigError(
+            f"dtype is {dtype!r} and the module that was passed holds {parameter.dtype}; convert "
+            "it, or leave dtype='auto'"
+        )
+
+
+def text_config(model: torch.nn.Module) -> Any:
+    """Config of the language model, inside a composite config or not."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def context_tokens(model: torch.nn.Module) -> int:
+    """Most tokens of one sequence that the model was made for."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return int(limit) if limit else DEFAULT_CONTEXT_TOKENS
+
+
+def vocab_size(model: torch.nn.Module) -> int:
+    """Rows of the input embedding: token ids must be below."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
+
+
+def end_token_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, from the generation config, else the config, else the tokenizer."""
+    for source in (getattr(model, "generation_config", None), text_config(model), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            return frozenset(value if isinstance(value, list | tuple) else [value])
+    return frozenset()

@@ -1,0 +1,83 @@
+"""Runs a few short sequences over a small KV cache of their own, for checks at load time.
+
+Owns: nothing.  Thread-safety: stateless; the model must not be in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..backend import KVBackend, SequenceGroupSpec
+from ..config import KVCacheConfig, LayerKVSpec
+from ..errors import VmallocError
+from .model_runner import ModelRunner
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+
+BackendFactory = Callable[[KVCacheConfig], KVBackend]
+
+TRIAL_BYTES = 64 * 1024 * 1024
+"""Room for the pages of a few short sequences, on top of their rows; only what is used is taken."""
+
+
+def run_trial(
+    model: Any,
+    layers: tuple[LayerKVSpec, ...],
+    prompts: list[list[int]],
+    create_backend: BackendFactory,
+    *,
+    first_chunks: list[int] | None = None,
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """Logits ``[vocab_size]`` at the end of each prompt, all packed together.
+
+    The first step computes ``first_chunks[i]`` tokens of each prompt (None: all), the second the
+    rest. Raises ``VmallocError`` if the cache has no room.
+    """
+    config = KVCacheConfig(
+        layers=layers,
+        max_num_seqs=len(prompts),
+        max_seq_len=max(map(len, prompts)),
+        capacity_bytes=1,
+        commit_ahead_tokens=0,
+    )
+    num_tokens = sum(map(len, prompts))
+    config = replace(config, capacity_bytes=TRIAL_BYTES + 2 * num_tokens * config.token_bytes)
+    with create_backend(config) as backend:
+        runner = ModelRunner(model, backend, batch_invariant=batch_invariant)
+        return _run(runner, backend, prompts, first_chunks or list(map(len, prompts)))
+
+
+def _run(
+    runner: ModelRunner, backend: KVBackend, prompts: list[list[int]], chunks: list[int]
+) -> list[Tensor]:
+    params = SamplingParams()
+    seqs = [
+        Sequence(idx, str(idx), prompt, params, max_tokens=1) for idx, prompt in enumerate(prompts)
+    ]
+    for seq, num_tokens in zip(seqs, chunks, strict=True):
+        if backend.try_admit(SequenceGroupSpec((seq.seq_id,), num_tokens)) is None:
+            raise VmallocError("a short sequence found no KV memory")
+    logits: dict[int, Tensor] = {}
+    while seqs:
+        seq_ids = [seq.seq_id for seq in seqs]
+        totals = [seq.num_computed_tokens + n for seq, n in zip(seqs, chunks, strict=True)]
+        if not backend.try_extend(seq_ids, totals):
+            raise VmallocError("a short sequence found no KV memory")
+        step = backend.begin_step()
+        try:
+            rows = runner.forward(seqs, chunks, backend.batch_view(seq_ids, chunks))
+        finally:
+            backend.end_step(step)
+        for seq, total in zip(seqs, totals, strict=True):
+            seq.num_computed_tokens = total
+        ended = [seq for seq in seqs if seq.num_uncomputed_tokens == 0]
+        for seq, row in zip(ended, rows, strict=True):
+            logits[seq.seq_id] = row
+        seqs = [seq for seq in seqs if seq.num_uncomputed_tokens]
+        chunks = [seq.num_uncomputed_tokens for seq in seqs]
+    return [logits[idx] for idx in range(len(prompts))]
