@@ -4,8 +4,16 @@ Owns: the engine's public names, and the config and stats types that a server ma
 Thread-safety: see each class.
 """
 
+import os
+import sys
+
 if __name__ != "vmalloc.engine":
     raise ImportError("import vmalloc.engine instead: a second copy of the engine is a bug")
+
+if "torch" not in sys.modules:
+    # libgomp reads this when torch loads it. Its workers spin between products by default, which
+    # slows a step down more than tenfold on a small machine that does anything else besides.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from ..backend import KVCacheStats
 from ..config import KVCacheConfig, LayerKVSpec

@@ -11,8 +11,8 @@ settings.register_profile(
     "ci",
     deadline=None,
     derandomize=True,
-    max_examples=40,
-    stateful_step_count=40,
+    max_examples=120,
+    stateful_step_count=50,
     suppress_health_check=_SLOW_OK,
 )
 settings.register_profile(

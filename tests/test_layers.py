@@ -94,8 +94,8 @@ def test_hardware_is_named_in_its_room_only(pattern):
             assert str(path.relative_to(ROOT)) in ROOMS[pattern], f"{path.name} has {pattern}"
 
 
-@pytest.mark.parametrize("name", ["engine"])
-def test_engine_is_not_importable_as_a_top_level_package(name):
+@pytest.mark.parametrize("name", ["engine", "server"])
+def test_no_top_level_package_is_importable(name):
     result = subprocess.run(
         [sys.executable, "-c", f"import {name}"],
         cwd=ROOT,

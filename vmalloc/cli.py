@@ -289,9 +289,7 @@ def _output_dict(output: RequestOutput) -> dict[str, object]:
 
 
 def _prepare_process() -> None:
-    # libgomp reads this when torch loads it. Spinning workers on a busy small machine slow a step
-    # down more than tenfold.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # see vmalloc/engine/__init__.py
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
