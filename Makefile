@@ -12,7 +12,8 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp)
 .PHONY: demo test check format asan tsan soak bench clean build
 
 demo: build
-	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" --max-tokens 96
+	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
+		--max-tokens 96 --temperature 0.6 --top-p 0.95 --seed 1
 
 # One torch thread a worker: two workers with two threads each would fight for two cores.
 test: build

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads libgomp
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers asks a hub for a missing model
 
 from hypothesis import HealthCheck, settings
 

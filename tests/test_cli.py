@@ -1,6 +1,7 @@
 """The command line over the bundled model: what goes to stdout, exit codes, and clear errors."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,9 @@ def test_prompts_file_has_a_prompt_a_line_and_json_strings_for_newlines(run, tmp
 
 
 def test_page_size_and_layers_per_group_change_memory_and_not_the_text(run):
-    plain = generate_json(run, "-p", "import ")
-    small = generate_json(run, "-p", "import ", "--page-size", "4096", "--layers-per-group", "1")
+    prompt = ("-p", "import ", "--max-tokens", "24")
+    plain = generate_json(run, *prompt)
+    small = generate_json(run, *prompt, "--page-size", "4096", "--layers-per-group", "1")
     assert small["outputs"] == plain["outputs"]
     assert small["memory"]["page_bytes"] == 4096
     assert small["memory"]["peak_committed_bytes"] < plain["memory"]["peak_committed_bytes"]
@@ -135,7 +137,7 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "no/such-model"], "no/such-model"),
+        (["-p", "x", "--model", "no/such-model"], "no/such-model"),
         ([], "there is no prompt"),
         (["-p", ""], "prompt is empty"),
         (["-p", "x" * 20_000], "max_model_len, 2048"),
@@ -148,7 +150,7 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
         (["-p", "x", "--kv-cache-memory-bytes", "65536"], "holds 1 pages of 65536 bytes"),
         (["-p", "x", "--max-model-len", "4096"], "max_model_len is 4096.*2048"),
         (["-p", "x", "--max-num-seqs", "0"], "max_num_seqs is 0"),
-        (["-p", "x", "--max-num-seqs", "100000000"], "100000000"),
+        (["-p", "x", "--max-num-seqs", "100000000"], "200000000 slots"),
         (["-p", "x", "--kv-backend", "paged"], "paged"),
         (["--prompts-file", "no/such/file"], "no/such/file"),
     ],
@@ -158,8 +160,6 @@ def test_bad_input_exits_with_2_and_names_the_value(run, arguments, words):
     assert code == cli.EXIT_BAD_INPUT
     assert out == ""
     assert err.startswith("error: ")
-    import re
-
     assert re.search(words, err.replace("\n", " "))
 
 

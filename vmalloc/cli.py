@@ -152,7 +152,7 @@ def generate(
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
     prompts = _read_prompts(prompt or [], prompts_file)
-    _prepare_process()
+    _prepare_process(model)
     from .engine import LLM, SamplingParams
 
     params = SamplingParams(
@@ -288,10 +288,15 @@ def _output_dict(output: RequestOutput) -> dict[str, object]:
     return result
 
 
-def _prepare_process() -> None:
+def _prepare_process(model: str = "demo") -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # see vmalloc/engine/__init__.py
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if model == "demo":
+        # Its weights load in milliseconds; a bar for them is noise above the text.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _complain(text: object) -> None:
