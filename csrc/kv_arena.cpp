@@ -23,7 +23,10 @@ void check_config(const ArenaConfig& config) {
 }  // namespace
 
 KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
-    : driver_(std::move(driver)), config_(config), pool_(driver_, config.max_pages) {
+    : driver_(std::move(driver)),
+      config_(config),
+      pool_(driver_, config.max_pages),
+      idle_(0) {
   check_config(config_);
   for (const std::size_t row_bytes :
        region_row_bytes(config_.layers, config_.layers_per_group, config_.kv_split)) {
@@ -41,9 +44,10 @@ KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
                       std::to_string(regions_.size()) + " regions, and one scratch page");
   }
   slots_.resize(config_.num_slots);
+  idle_ = IdleSlots(config_.num_slots);
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
     slots_[slot].regions.resize(regions_.size());
-    idle_.insert({0, slot});
+    idle_.insert(slot, 0, 0);
   }
   if (config_.ahead_rows > 0) {
     worker_ = std::make_unique<CommitWorker>([this](std::uint32_t slot) { commit_ahead(slot); });
@@ -177,18 +181,15 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
 
 bool KVArena::can_admit(std::size_t num_rows) {
   const Lock lock = enter();
-  if (idle_.empty() || num_rows > config_.max_rows) return false;
+  if (idle_.size() == 0 || num_rows > config_.max_rows) return false;
   const std::size_t low = num_live_ > 0 ? config_.low_pages : 0;
   return pool_.available() + reclaimable() >= slot_pages_needed(num_rows) + low;
 }
 
 /// The warm slot that fits best: the smallest with enough pages, else the one with most.
 std::uint32_t KVArena::take_idle_slot(std::size_t num_rows) {
-  auto it = idle_.lower_bound({slot_pages_needed(num_rows), 0});
-  if (it == idle_.end()) --it;
-  const std::uint32_t slot = it->second;
-  parked_pages_ -= it->first;
-  idle_.erase(it);
+  const std::uint32_t slot = idle_.best_fit(slot_pages_needed(num_rows));
+  idle_.erase(slot);
   slots_[slot].state = SlotState::kAdmitting;
   return slot;
 }
@@ -219,18 +220,12 @@ void KVArena::make_idle(std::uint32_t slot, std::uint64_t parked_at) {
   entry.wanted_rows = 0;
   entry.parked_at = parked_at;
   update_limits(entry);
-  entry.idle_key = num_mapped(entry);
-  parked_pages_ += entry.idle_key;
-  idle_.insert({entry.idle_key, slot});
+  idle_.insert(slot, num_mapped(entry), parked_at);
 }
 
-void KVArena::update_idle_key(std::uint32_t slot) {
-  Slot& entry = slots_[slot];
-  if (idle_.erase({entry.idle_key, slot}) == 0) return;
-  parked_pages_ -= entry.idle_key;
-  entry.idle_key = num_mapped(entry);
-  parked_pages_ += entry.idle_key;
-  idle_.insert({entry.idle_key, slot});
+/// Tell the index of idle slots how many pages the slot has by now.
+void KVArena::update_idle(std::uint32_t slot) {
+  if (idle_.erase(slot)) idle_.insert(slot, num_mapped(slots_[slot]), slots_[slot].parked_at);
 }
 
 std::uint32_t KVArena::live_slot(std::int64_t slot) const {

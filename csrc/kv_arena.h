@@ -18,6 +18,7 @@
 #include "commit_worker.h"
 #include "driver.h"
 #include "fork_guard.h"
+#include "idle_slots.h"
 #include "layer_group.h"
 #include "page_pool.h"
 #include "region.h"
@@ -151,6 +152,7 @@ class KVArena {
   void make_available(std::size_t num_pages);
   std::size_t reclaim_ahead(std::size_t num_pages);
   std::size_t reclaim_parked(std::size_t num_pages);
+  void recycle_parked(std::size_t num_pages);
   [[nodiscard]] std::size_t reclaimable() const;
   void give_back_above_high();
 
@@ -158,7 +160,7 @@ class KVArena {
   [[nodiscard]] std::uint32_t take_idle_slot(std::size_t num_rows);
   void make_idle(std::uint32_t slot, std::uint64_t parked_at);
   void adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_warm_pages);
-  void update_idle_key(std::uint32_t slot);
+  void update_idle(std::uint32_t slot);
   std::uint32_t live_slot(std::int64_t slot) const;
   void set_rows(Slot& slot, std::size_t num_rows);
   void post(std::uint32_t slot);
@@ -179,13 +181,12 @@ class KVArena {
   mutable std::mutex mutex_;
   std::condition_variable landed_;  // an in-flight growth was published or given up
   std::vector<Slot> slots_;
-  std::set<std::pair<std::size_t, std::uint32_t>> idle_;      // (pages mapped, slot)
+  IdleSlots idle_;
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
   std::vector<std::uint32_t> growing_;                        // scratch of try_extend
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
-  std::size_t parked_pages_ = 0;
   std::size_t committed_pages_ = 0;
   std::uint64_t next_parked_at_ = 1;
 

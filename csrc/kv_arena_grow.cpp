@@ -132,6 +132,7 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
     num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
   }
   if (num_pages > 0) {
+    recycle_parked(num_pages);
     if (pool_.available() < num_pages) {
       make_available(num_pages);
       if (pool_.available() < num_pages) return false;
@@ -218,6 +219,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   std::vector<Growth> growths;
   const std::size_t num_pages = plan(slot, target, &growths);
   if (num_pages == 0) return;
+  recycle_parked(num_pages);
   // Never below the watermark, and never at the cost of another slot: commit-ahead is a luxury.
   if (pool_.available() < num_pages + config_.low_pages) return;
   entry.in_flight = true;
@@ -234,7 +236,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   if (is_mapped) {
     totals_.background_pages += publish(growths);
     update_limits(entry);
-    if (entry.state == SlotState::kIdle) update_idle_key(slot);
+    update_idle(slot);
   }
   lock.unlock();
   landed_.notify_all();
@@ -261,9 +263,11 @@ void KVArena::prefetch(std::size_t num_rows) {
       slots_[warming_].state == SlotState::kIdle) {
     return;
   }
-  const auto fits = idle_.lower_bound({slot_pages_needed(num_rows), 0});
-  if (fits != idle_.end() || idle_.empty()) return;  // warm enough already, or nothing to warm
-  warming_ = std::prev(fits)->second;
+  if (idle_.size() == 0) return;
+  const std::size_t needed = slot_pages_needed(num_rows);
+  const std::uint32_t warmest = idle_.best_fit(needed);
+  if (idle_.pages_of(warmest) >= needed) return;  // warm enough already
+  warming_ = warmest;
   slots_[warming_].wanted_rows = num_rows;
   post(warming_);
 }

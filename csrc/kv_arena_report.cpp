@@ -51,10 +51,10 @@ ArenaStats KVArena::stats() {
   stats.driver = driver_->counters();
   stats.live_bytes = live_rows_ * row_bytes_;
   stats.committed_pages = committed_pages_;
-  stats.parked_pages = parked_pages_;
+  stats.parked_pages = idle_.num_pages();
   stats.num_live = num_live_;
   // What is left: mapped past the ends of live slots, or being mapped by the worker right now.
-  stats.ahead_pages = stats.pool.num_in_use - committed_pages_ - parked_pages_;
+  stats.ahead_pages = stats.pool.num_in_use - committed_pages_ - idle_.num_pages();
   if (worker_ != nullptr) stats.worker_error = worker_->error();
   return stats;
 }
@@ -81,7 +81,7 @@ void KVArena::check_invariants() {
       ++num_idle;
       parked += num_mapped(slot);
       check_invariant(slot.num_rows == 0, "an idle slot has rows");
-      check_invariant(idle_.count({num_mapped(slot), id}) == 1,
+      check_invariant(idle_.holds(id, num_mapped(slot)),
                       "the index of idle slots does not know an idle slot as it is");
     }
     for (std::size_t r = 0; r < regions_.size(); ++r) {
@@ -102,7 +102,7 @@ void KVArena::check_invariants() {
   check_invariant(num_live == num_live_, "num_live is not the number of live slots");
   check_invariant(live_rows == live_rows_, "live_rows is not the sum of the slots' rows");
   check_invariant(committed == committed_pages_, "committed pages are miscounted");
-  check_invariant(parked == parked_pages_, "parked pages are miscounted");
+  check_invariant(parked == idle_.num_pages(), "parked pages are miscounted");
   check_invariant(num_idle == idle_.size(), "the index of idle slots has strangers");
   check_invariant(num_retiring == retiring_.size(), "the list of retiring pages has strangers");
   pool_.check_invariants(live, retired);

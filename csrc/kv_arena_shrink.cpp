@@ -45,7 +45,7 @@ std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::s
   }
   if (num_dropped == 0) return 0;
   update_limits(entry);
-  if (entry.state == SlotState::kIdle) update_idle_key(slot);
+  update_idle(slot);
   return num_dropped;
 }
 
@@ -99,21 +99,35 @@ std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
 }
 
 std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
-  std::vector<std::uint32_t> parked;
-  for (auto it = idle_.rbegin(); it != idle_.rend() && it->first > 0; ++it) {
-    if (!slots_[it->second].in_flight) parked.push_back(it->second);
-  }
-  std::sort(parked.begin(), parked.end(), [this](std::uint32_t a, std::uint32_t b) {
-    return slots_[a].parked_at < slots_[b].parked_at;
-  });
   std::size_t num_reclaimed = 0;
-  for (const std::uint32_t slot : parked) {
-    if (num_reclaimed >= num_pages) break;
+  idle_.visit_oldest([&](std::uint32_t slot) {
+    if (num_reclaimed >= num_pages) return false;
+    if (slots_[slot].in_flight) return true;
     slots_[slot].wanted_rows = 0;
     num_reclaimed += drop_tail(slot, 0, num_pages - num_reclaimed);
-  }
+    return true;
+  });
   totals_.reclaimed_pages += num_reclaimed;
   return num_reclaimed;
+}
+
+/// Make free pages out of parked ones, so that growth need not create any: moving a page is cheaper
+/// than making one, and physical memory stays at what was needed at once. Leaves the slot that a
+/// coming sequence is promised, and pages that a kernel may still read.
+void KVArena::recycle_parked(std::size_t num_pages) {
+  const std::size_t num_free = pool_.stats().num_free;
+  if (num_pages <= num_free) return;
+  const std::size_t missing = num_pages - num_free;
+  std::size_t num_recycled = 0;
+  idle_.visit_oldest([&](std::uint32_t slot) {
+    if (num_recycled >= missing) return false;
+    const Slot& entry = slots_[slot];
+    if (!entry.in_flight && entry.wanted_rows == 0 && entry.last_use <= completed_) {
+      num_recycled += drop_tail(slot, 0, missing - num_recycled);
+    }
+    return true;
+  });
+  totals_.reclaimed_pages += num_recycled;
 }
 
 /// Pages in use that no live row needs: committed ahead, or parked.
@@ -122,8 +136,8 @@ std::size_t KVArena::reclaimable() const { return pool_.stats().num_in_use - com
 void KVArena::give_back_above_high() {
   if (config_.high_pages >= config_.max_pages) return;
   const std::size_t num_free = pool_.stats().num_free;
-  if (num_free + parked_pages_ <= config_.high_pages) return;
-  const std::size_t surplus = num_free + parked_pages_ - config_.high_pages;
+  if (num_free + idle_.num_pages() <= config_.high_pages) return;
+  const std::size_t surplus = num_free + idle_.num_pages() - config_.high_pages;
   if (surplus > num_free) reclaim_parked(surplus - num_free);
   const std::size_t now_free = pool_.stats().num_free;
   pool_.trim(now_free > surplus ? now_free - surplus : 0);

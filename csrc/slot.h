@@ -34,7 +34,6 @@ struct Slot {
   std::size_t ready_rows = 0;   ///< ... and to this without needing one that is not mapped
   Epoch last_use = 0;           ///< of an idle slot: last step whose kernels may read its pages
   std::uint64_t parked_at = 0;  ///< order in which slots became idle
-  std::size_t idle_key = 0;     ///< pages mapped, as the arena's index of idle slots knows it
   std::vector<SlotPages> regions;
 };
 

@@ -194,7 +194,7 @@ def _check_declared(model: Any, config: Any, call: AttentionCall) -> None:
     # Latent attention calls its rotary part head_dim, and the whole key qk_head_dim.
     dim_name = "qk_head_dim" if hasattr(config, "qk_head_dim") else "head_dim"
     for name, seen in (("num_key_value_heads", num_kv_heads), (dim_name, call.key.shape[2])):
-        declared = getattr(config, name, None)
+        declared = _declared(config, name)
         if isinstance(declared, int) and declared != seen:
             raise _refusal(
                 model,
@@ -202,7 +202,7 @@ def _check_declared(model: Any, config: Any, call: AttentionCall) -> None:
                 f"layer {call.layer_idx} is declared with {name} {declared} and brought {seen}",
             )
     layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    window = _declared(config, "sliding_window")
     if layer_types is not None and layer_types[call.layer_idx] != "sliding_attention":
         window = None
     if window != call.window:
@@ -211,6 +211,17 @@ def _check_declared(model: Any, config: Any, call: AttentionCall) -> None:
             "sliding window",
             f"layer {call.layer_idx} is declared with window {window} and asked for {call.window}",
         )
+
+
+def _declared(config: Any, name: str) -> Any:
+    """What the config says for all layers; None where it says nothing, or it differs by layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:
+        # Configs with values per layer refuse to name one; the class is not public.
+        if "PerLayer" not in type(error).__name__:
+            raise
+        return None
 
 
 def _compare(

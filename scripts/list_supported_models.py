@@ -258,6 +258,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "pad_token_id": 0,
         },
     ),
+    # Its full layers keep their head_dim of 512: every published checkpoint has it.
     A(
         "gemma4",
         "Gemma 4",
@@ -276,7 +277,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     A("glm4-moe", "GLM-4.5 (MoE)", "Glm4MoeConfig", _COMMON | _HEAD | _ROUTED),
     A(
         "glm4-moe-lite",
-        "GLM-4.7-Flash (MoE)",
+        "GLM-4 MoE lite",
         "Glm4MoeLiteConfig",
         _COMMON | _ROUTED | _LATENT | _MLP_TYPES,
     ),
@@ -314,7 +315,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     A("granitemoe", "Granite MoE", "GraniteMoeConfig", _COMMON | _LOCAL_EXPERTS),
     A(
         "granitemoehybrid",
-        "Granite 4.0 hybrid",
+        "Granite MoE hybrid",
         "GraniteMoeHybridConfig",
         _COMMON
         | _LOCAL_EXPERTS
@@ -550,7 +551,8 @@ class Verdict:
 
     Attributes:
         architecture: which.
-        outcome: ``ADMITTED``, ``REFUSED``, ``MISSING`` (from transformers) or ``ERROR`` (ours).
+        outcome: ``ADMITTED``, ``REFUSED``, ``MISSING`` (from transformers) or ``ERROR`` (of this
+            script, or of an engine that raised where it should have refused).
         model_class: the class that was built; "" if none was.
         layer_types: ``full``, ``sliding`` or both; "" unless admitted.
         notes: what is special about its attention; "" unless admitted.
@@ -586,7 +588,7 @@ def examine(architecture: Architecture) -> Verdict:
         try:
             model = build_model(architecture)
         except Exception as error:
-            return _error(architecture, "building", error)
+            return _error(architecture, "error of this page's script, building", error)
         return _probe(architecture, model)
 
 
@@ -602,14 +604,14 @@ def _probe(architecture: Architecture, model: Any) -> Verdict:
         )
     except Exception as error:
         # Not a refusal: the probe should have said no, or the engine is broken.
-        return _error(architecture, "probing", error)
+        return _error(architecture, "error of the engine, probing", error)
     return Verdict(
         architecture, ADMITTED, model_class, _layer_types(layers), _notes(model, layers, calls)
     )
 
 
-def _error(architecture: Architecture, doing: str, error: Exception) -> Verdict:
-    return Verdict(architecture, ERROR, reason=f"{doing}: {type(error).__name__}: {error}")
+def _error(architecture: Architecture, whose: str, error: Exception) -> Verdict:
+    return Verdict(architecture, ERROR, reason=f"{whose}: {type(error).__name__}: {error}")
 
 
 @torch.inference_mode()
@@ -737,14 +739,15 @@ def _refused_section(verdicts: Sequence[Verdict]) -> str:
 def _unknown_section(verdicts: Sequence[Verdict]) -> str:
     """Neither admitted nor refused, so that nobody takes a gap for a verdict."""
     rows = []
+    intro = "Neither admitted nor refused.\n"
     for verdict in verdicts:
         if verdict.outcome == MISSING:
             reason = f"transformers has no {verdict.architecture.config_class}"
             rows.append((verdict.architecture.name, reason))
         elif verdict.outcome == ERROR:
-            reason = f"error of the script, not a refusal: {_reason_cell(verdict.reason)}"
-            rows.append((verdict.architecture.name, reason))
-    return "\n".join([f"## No verdict ({len(rows)})", "", _table(("Architecture", "Why"), rows)])
+            rows.append((verdict.architecture.name, _reason_cell(verdict.reason)))
+    header = ("Architecture", "Why")
+    return "\n".join([f"## No verdict ({len(rows)})", "", intro, _table(header, rows)])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -773,7 +776,8 @@ def _report(verdicts: Sequence[Verdict], console: Console) -> None:
     for verdict in verdicts:
         names[verdict.outcome].append(verdict.architecture.name)
         if verdict.outcome == ERROR:
-            console.print(f"error: {verdict.architecture.name}: {verdict.reason}", markup=False)
+            text = f"{verdict.architecture.name}: {verdict.reason}"
+            console.print(text, markup=False, soft_wrap=True)
     console.print(
         ", ".join(f"{len(names[outcome])} {outcome}" for outcome in names if names[outcome])
     )
@@ -808,8 +812,7 @@ def main(
 ) -> None:
     """Probe a tiny random model of each architecture and write docs/supported-models.md.
 
-    Exits 2 if an architecture could not be examined because of an error in this script or in
-    the engine; the page then says so, and holds all the others.
+    Exits 2 after writing a page on which an error took the place of a verdict.
     """
     console = Console(stderr=True, highlight=False)
     hf.logging.set_verbosity_error()
@@ -823,8 +826,8 @@ def main(
             print(diff)
             console.print(f"{page} is out of date; run: {COMMAND}")
             raise typer.Exit(EXIT_OUT_OF_DATE)
-    else:
-        path.write_text(fresh)
+        return
+    path.write_text(fresh)
     if any(verdict.outcome == ERROR for verdict in verdicts):
         raise typer.Exit(EXIT_SCRIPT_ERROR)
 

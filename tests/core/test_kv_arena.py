@@ -196,22 +196,29 @@ class TestParking:
 
 
 class TestReclaim:
-    def test_ahead_goes_first_then_the_longest_parked(self):
-        arena = make_arena(max_pages=10, num_slots=4)
-        a, b, c = arena.try_admit(3, 8)
-        assert arena.try_extend([a, b, c], [24, 24, 24])  # 9 pages
+    def test_parked_pages_are_used_before_new_ones_are_created_longest_parked_first(self):
+        arena = make_arena(max_pages=16, num_slots=4)
+        a, b, c = arena.try_admit(3, 24)  # 9 pages
         free(arena, b)
         free(arena, c)
-        arena.truncate(a, 8)
-        assert extend(arena, a, 8)
-        assert pages(arena) == (1, 0, 6, 2, 0)
-        # 1 + 7 = 8 pages in one other slot: b's 3 are adopted, 3 created or free, 2 come from c.
-        d = admit(arena, 64)
-        assert d in (b, c)
-        assert pages(arena)[0] == 9
-        assert arena.stats()["reclaimed_pages"] == 2
+        assert extend(arena, a, 40)  # 2 more: from b
+        assert arena.stats()["created_pages"] == 9
+        assert (arena.mapped_rows(b), arena.mapped_rows(c)) == (8, 24)
+        assert extend(arena, a, 64)  # 3 more: b's last, two of c's
+        assert (arena.mapped_rows(b), arena.mapped_rows(c)) == (0, 8)
+        assert pages(arena) == (8, 0, 1, 0, 0)
+        assert arena.stats()["reclaimed_pages"] == 5
 
-    def test_ahead_pages_of_others_are_reclaimed_before_parked_ones(self):
+    def test_a_slot_promised_to_a_coming_sequence_is_left_alone(self):
+        arena = make_arena(max_pages=16, num_slots=2, ahead_rows=1)
+        a = admit(arena, 7)
+        arena.prefetch(32)
+        arena.wait_worker()
+        assert pages(arena) == (1, 0, 4, 0, 0)
+        assert extend(arena, a, 40)
+        assert pages(arena)[2] == 4
+
+    def test_ahead_pages_of_others_are_reclaimed_when_nothing_can_be_created(self):
         arena = make_arena(max_pages=8, num_slots=3)
         a = admit(arena, 32)  # 4 pages
         free(arena, a)
@@ -220,8 +227,8 @@ class TestReclaim:
         c = admit(arena, 8)
         free(arena, c)  # 1 parked
         assert pages(arena) == (2, 3, 1, 0, 0)
-        assert extend(arena, b, 40)  # needs 4: 2 creatable, 2 from ahead
-        assert pages(arena) == (6, 1, 1, 0, 0)
+        assert extend(arena, b, 40)  # needs 4: 1 parked, 2 creatable, 1 from ahead
+        assert pages(arena) == (6, 2, 0, 0, 0)
         assert arena.stats()["reclaimed_pages"] == 2
 
     def test_surplus_of_slots_being_admitted_is_reclaimed_for_each_other(self):
@@ -373,9 +380,10 @@ class TestWatermarks:
     def test_trim_gives_everything_unneeded_back(self):
         arena = make_arena(ahead_rows=8)
         a, b = arena.try_admit(2, 16)
-        free(arena, a)
         arena.wait_worker()
-        assert arena.trim(0) == 3  # two parked, one ahead
+        free(arena, a)
+        assert pages(arena) == (2, 1, 3, 0, 0)
+        assert arena.trim(0) == 4
         arena.check_invariants()
         assert pages(arena) == (2, 0, 0, 0, 0)
         assert arena.mapped_rows(b) == 16
