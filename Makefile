@@ -56,6 +56,7 @@ bench: build
 build: $(VENV)/.built
 
 $(VENV)/.deps: constraints.txt pyproject.toml
+	@echo "Setting up $(VENV): torch, transformers and build tools; a minute or two the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt scikit-build-core pybind11 cmake ninja

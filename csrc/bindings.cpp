@@ -21,7 +21,7 @@ namespace py = pybind11;
 namespace vmalloc {
 namespace {
 
-using Int64Array = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 /// Raise the class of that name in vmalloc.errors, which is the one home of our exceptions.
@@ -75,6 +75,7 @@ dlpack::DataType to_dlpack_type(const std::string& dtype) {
 py::object make_tensor_capsule(const KVArena& arena, std::size_t region_idx,
                                std::size_t byte_offset, const std::string& dtype,
                                std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
+  arena.check_open();
   auto context = std::make_unique<TensorContext>();
   context->region = arena.region(region_idx);
   context->shape = std::move(shape);
@@ -200,6 +201,8 @@ void bind_drivers(py::module_& m) {
       .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
       .def("fail_call", &FaultDriver::fail_call, py::arg("call"), py::arg("fault"))
       .def("num_calls", &FaultDriver::num_calls)
+      .def("fail_release_call", &FaultDriver::fail_release_call, py::arg("call"))
+      .def("delay_maps", &FaultDriver::delay_maps, py::arg("microseconds"))
       .def("hold_fences", &FaultDriver::hold_fences, py::arg("hold"));
 }
 
@@ -269,11 +272,11 @@ void bind_arena(py::module_& m) {
              config.zero_on_reuse = zero_on_reuse;
              return std::make_unique<KVArena>(std::move(driver), config);
            }),
-           py::arg("driver"), py::kw_only(), py::arg("layers"), py::arg("layers_per_group"),
-           py::arg("kv_split") = false, py::arg("num_slots"), py::arg("max_rows"),
-           py::arg("max_pages"), py::arg("low_pages") = 0, py::arg("high_pages") = SIZE_MAX,
-           py::arg("ahead_rows") = 0, py::arg("lookahead_rows") = 0,
-           py::arg("zero_on_reuse") = false)
+           py::arg("driver").none(false), py::kw_only(), py::arg("layers"),
+           py::arg("layers_per_group"), py::arg("kv_split") = false, py::arg("num_slots"),
+           py::arg("max_rows"), py::arg("max_pages"), py::arg("low_pages") = 0,
+           py::arg("high_pages") = SIZE_MAX, py::arg("ahead_rows") = 0,
+           py::arg("lookahead_rows") = 0, py::arg("zero_on_reuse") = false)
       .def("try_admit", &KVArena::try_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
       .def("can_admit", &KVArena::can_admit, py::arg("num_rows"), NoGil())
       .def("try_extend", &extend, py::arg("slots"), py::arg("num_rows"))
@@ -283,7 +286,8 @@ void bind_arena(py::module_& m) {
       .def("begin_step", &KVArena::begin_step, NoGil())
       .def("end_step", &KVArena::end_step, py::arg("epoch"), py::arg("stream") = 0, NoGil())
       .def("trim", &KVArena::trim, py::arg("keep_free"), NoGil())
-      .def("resize", &KVArena::resize, py::arg("max_pages"), NoGil())
+      .def("resize", &KVArena::resize, py::arg("max_pages"), py::arg("low_pages") = 0,
+           py::arg("high_pages") = SIZE_MAX, NoGil())
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())
       .def("max_slot_rows", &KVArena::max_slot_rows, NoGil())
       .def("wait_worker", &KVArena::wait_worker, NoGil())

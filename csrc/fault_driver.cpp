@@ -1,5 +1,8 @@
 #include "fault_driver.h"
 
+#include <chrono>
+#include <thread>
+
 #include "error.h"
 
 namespace vmalloc {
@@ -15,6 +18,14 @@ std::uint64_t FaultDriver::num_calls() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return num_calls_;
 }
+
+void FaultDriver::fail_release_call(std::uint64_t call) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  release_fail_at_ = call;
+  num_release_calls_ = 0;
+}
+
+void FaultDriver::delay_maps(unsigned microseconds) { map_delay_us_ = microseconds; }
 
 void FaultDriver::hold_fences(bool hold) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -35,7 +46,23 @@ std::optional<PageHandle> FaultDriver::try_create_page(std::uint32_t index) {
 bool FaultDriver::try_map(Address address, const PageHandle* pages, std::size_t num_pages,
                           Access access) {
   if (is_due("map")) return false;
+  if (map_delay_us_ > 0) std::this_thread::sleep_for(std::chrono::microseconds(map_delay_us_));
   return inner_->try_map(address, pages, num_pages, access);
+}
+
+void FaultDriver::destroy_page(PageHandle page) {
+  throw_if_release_due("destroy");
+  inner_->destroy_page(page);
+}
+
+void FaultDriver::unmap(Address address, std::size_t num_pages) {
+  throw_if_release_due("unmap");
+  inner_->unmap(address, num_pages);
+}
+
+void FaultDriver::zero(Address address, std::size_t bytes) {
+  throw_if_release_due("zero");
+  inner_->zero(address, bytes);
 }
 
 Fence FaultDriver::record_fence(Stream) {
@@ -47,6 +74,13 @@ Fence FaultDriver::record_fence(Stream) {
 bool FaultDriver::fence_passed(Fence fence) {
   const std::lock_guard<std::mutex> lock(mutex_);
   return fence <= passed_;
+}
+
+void FaultDriver::throw_if_release_due(const char* call) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (num_release_calls_++ == release_fail_at_) {
+    throw DriverError(call, -1, "INJECTED", "fault injection");
+  }
 }
 
 bool FaultDriver::is_due(const char* call) {

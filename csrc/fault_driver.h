@@ -23,6 +23,12 @@ class FaultDriver final : public Driver {
   /// Fallible calls seen since the last fail_call.
   [[nodiscard]] std::uint64_t num_calls() const;
 
+  /// Let call number `call` from now on of those that give back (unmap, destroy, zero) throw.
+  void fail_release_call(std::uint64_t call);
+
+  /// Wait this long before each mapping, so that other threads meet one under way.
+  void delay_maps(unsigned microseconds);
+
   /// While held, fences recorded do not pass: kernels that are still running, as a GPU has them.
   void hold_fences(bool hold);
 
@@ -32,11 +38,11 @@ class FaultDriver final : public Driver {
   std::optional<Address> try_reserve(std::size_t bytes) override;
   void release(Address address, std::size_t bytes) override { inner_->release(address, bytes); }
   std::optional<PageHandle> try_create_page(std::uint32_t index) override;
-  void destroy_page(PageHandle page) override { inner_->destroy_page(page); }
+  void destroy_page(PageHandle page) override;
   bool try_map(Address address, const PageHandle* pages, std::size_t num_pages,
                Access access) override;
-  void unmap(Address address, std::size_t num_pages) override { inner_->unmap(address, num_pages); }
-  void zero(Address address, std::size_t bytes) override { inner_->zero(address, bytes); }
+  void unmap(Address address, std::size_t num_pages) override;
+  void zero(Address address, std::size_t bytes) override;
   Fence record_fence(Stream stream) override;
   bool fence_passed(Fence fence) override;
   MemoryInfo memory_info() const override { return inner_->memory_info(); }
@@ -45,12 +51,16 @@ class FaultDriver final : public Driver {
  private:
   /// True if this call must report out of memory; throws if it must report an error.
   bool is_due(const char* call);
+  void throw_if_release_due(const char* call);
 
   std::shared_ptr<Driver> inner_;
   mutable std::mutex mutex_;
   Fault fault_ = Fault::kNone;
   std::uint64_t fail_at_ = 0;
   std::uint64_t num_calls_ = 0;
+  std::uint64_t release_fail_at_ = UINT64_MAX;
+  std::uint64_t num_release_calls_ = 0;
+  std::atomic<unsigned> map_delay_us_{0};
   bool hold_ = false;
   Fence next_fence_ = 1;
   Fence passed_ = 0;

@@ -62,14 +62,43 @@ std::size_t mapping_budget() {
   return limit > used ? limit - used : 0;
 }
 
+/// What all host drivers of the process have taken of the kernel's limit.
+class MappingBudget {
+ public:
+  static MappingBudget& instance() {
+    static MappingBudget* budget = new MappingBudget;  // never destroyed: drivers may outlive exit
+    return *budget;
+  }
+
+  /// Measure anew what the rest of the process leaves, while no driver has anything.
+  void measure() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (used_ == 0) limit_ = mapping_budget();
+  }
+  void update(std::size_t before, std::size_t after) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ += after - before;  // unsigned: a decrease wraps twice and comes out right
+  }
+  [[nodiscard]] bool has_left(std::size_t count) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return used_ + count <= limit_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::size_t used_ = 0;
+  std::size_t limit_ = 0;
+};
+
 /// Address ranges that the kernel holds as one mapping each.
 class RunTable {
  public:
-  void insert(Address address, std::size_t bytes, std::uint64_t offset) {
+  void insert(Address address, std::size_t bytes, std::uint64_t offset, Access access) {
     auto next = runs_.lower_bound(address);
     if (next != runs_.begin()) {
       auto previous = std::prev(next);
-      if (previous->first + previous->second.bytes == address &&
+      if (previous->second.access == access &&
+          previous->first + previous->second.bytes == address &&
           previous->second.offset + previous->second.bytes == offset) {
         address = previous->first;
         offset = previous->second.offset;
@@ -77,12 +106,12 @@ class RunTable {
         runs_.erase(previous);
       }
     }
-    if (next != runs_.end() && address + bytes == next->first &&
+    if (next != runs_.end() && next->second.access == access && address + bytes == next->first &&
         offset + bytes == next->second.offset) {
       bytes += next->second.bytes;
       runs_.erase(next);
     }
-    runs_[address] = Run{bytes, offset};
+    runs_[address] = Run{bytes, offset, access};
   }
 
   void erase(Address address, std::size_t bytes) {
@@ -92,14 +121,15 @@ class RunTable {
     while (run != runs_.end() && run->first < end) {
       const Address run_begin = run->first;
       const Address run_end = run_begin + run->second.bytes;
-      const std::uint64_t offset = run->second.offset;
+      const auto [bytes_before, offset, access] = run->second;
+      static_cast<void>(bytes_before);
       if (run_end <= address) {
         ++run;
         continue;
       }
       run = runs_.erase(run);
-      if (run_begin < address) runs_[run_begin] = Run{address - run_begin, offset};
-      if (run_end > end) runs_[end] = Run{run_end - end, offset + (end - run_begin)};
+      if (run_begin < address) runs_[run_begin] = Run{address - run_begin, offset, access};
+      if (run_end > end) runs_[end] = Run{run_end - end, offset + (end - run_begin), access};
     }
   }
 
@@ -109,6 +139,7 @@ class RunTable {
   struct Run {
     std::size_t bytes;
     std::uint64_t offset;
+    Access access;
   };
   std::map<Address, Run> runs_;
 };
@@ -118,12 +149,15 @@ class HostDriver final : public Driver {
   explicit HostDriver(std::size_t page_bytes)
       : granularity_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))), page_bytes_(page_bytes) {
     check_page_bytes("host", page_bytes, granularity_);
-    mapping_budget_ = mapping_budget();
+    MappingBudget::instance().measure();
     fd_ = memfd_create("vmalloc", MFD_CLOEXEC);
     if (fd_ < 0) throw last_error("memfd_create");
   }
 
-  ~HostDriver() override { close(fd_); }
+  ~HostDriver() override {
+    note_mappings(0);
+    close(fd_);
+  }
 
   const char* name() const override { return "host"; }
   std::size_t granularity() const override { return granularity_; }
@@ -146,6 +180,7 @@ class HostDriver final : public Driver {
     madvise(to_pointer(address), bytes, MADV_DONTFORK);
     const std::lock_guard<std::mutex> lock(mutex_);
     ++num_reservations_;
+    note_mappings(most_mappings());
     return address;
   }
 
@@ -153,6 +188,7 @@ class HostDriver final : public Driver {
     if (munmap(to_pointer(address), bytes) != 0) throw last_error("munmap");
     const std::lock_guard<std::mutex> lock(mutex_);
     --num_reservations_;
+    note_mappings(most_mappings());
   }
 
   std::optional<PageHandle> try_create_page(std::uint32_t index) override {
@@ -207,6 +243,7 @@ class HostDriver final : public Driver {
     }
     madvise(to_pointer(address), bytes, MADV_DONTFORK);
     runs_.erase(address, bytes);
+    note_mappings(most_mappings());
     ++counters_.unmap_calls;
   }
 
@@ -233,6 +270,14 @@ class HostDriver final : public Driver {
  private:
   static constexpr int kReservationFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
+  /// A run costs at most two kernel mappings: itself, and the gap after it.
+  [[nodiscard]] std::size_t most_mappings() const { return 2 * runs_.size() + num_reservations_; }
+
+  void note_mappings(std::size_t count) {
+    MappingBudget::instance().update(noted_mappings_, count);
+    noted_mappings_ = count;
+  }
+
   static void* to_pointer(Address address) { return reinterpret_cast<void*>(address); }
 
   static std::size_t contiguous_pages(const PageHandle* pages, std::size_t num_pages) {
@@ -241,24 +286,30 @@ class HostDriver final : public Driver {
     return run;
   }
 
-  /// False with errno set. A run costs at most two kernel mappings: itself and the gap after it.
+  /// False with errno set.
   bool try_map_run(Address address, PageHandle first, std::size_t num_pages, Access access) {
     const std::size_t bytes = num_pages * page_bytes_;
     const std::uint64_t offset = first * page_bytes_;
     const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (2 * (runs_.size() + 1) + num_reservations_ > mapping_budget_) {
+      if (!MappingBudget::instance().has_left(2)) {
         errno = ENOMEM;
         return false;
       }
       if (mmap(to_pointer(address), bytes, protection, MAP_SHARED | MAP_FIXED, fd_,
                static_cast<off_t>(offset)) == MAP_FAILED) {
+        // Old kernels unmap first and then fail: close the hole, or somebody else's memory may
+        // come to lie in it.
+        const int code = errno;
+        mmap(to_pointer(address), bytes, PROT_READ, kReservationFlags | MAP_FIXED, -1, 0);
+        errno = code;
         return false;
       }
       // A forked child must not write into our pages.
       madvise(to_pointer(address), bytes, MADV_DONTFORK);
-      runs_.insert(address, bytes, offset);
+      runs_.insert(address, bytes, offset, access);
+      note_mappings(most_mappings());
       ++counters_.map_calls;
     }
     // The page exists already, so this only fills page tables; where the kernel is too old for it
@@ -269,7 +320,7 @@ class HostDriver final : public Driver {
 
   std::size_t granularity_;
   std::size_t page_bytes_;
-  std::size_t mapping_budget_ = 0;
+  std::size_t noted_mappings_ = 0;
   int fd_ = -1;
   mutable std::mutex mutex_;
   RunTable runs_;

@@ -1,6 +1,7 @@
 #include "kv_arena.h"
 
 #include <algorithm>
+#include <exception>
 
 #include "error.h"
 
@@ -18,16 +19,19 @@ void check_config(const ArenaConfig& config) {
     throw ConfigError(with_limit("num_slots", config.num_slots, "between 1 and 2147483647"));
   }
   if (config.max_rows == 0) throw ConfigError(with_limit("max_rows", 0, "at least 1"));
+  for (const std::size_t row_bytes :
+       region_row_bytes(config.layers, config.layers_per_group, config.kv_split)) {
+    if (row_bytes == 0) throw ConfigError(with_limit("bytes of a row", 0, "at least 1"));
+  }
 }
 
 }  // namespace
 
 KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
-    : driver_(std::move(driver)),
-      config_(config),
-      pool_(driver_, config.max_pages),
-      idle_(0) {
+    : driver_(std::move(driver)), config_(config), pool_(driver_, config.max_pages), idle_(0) {
   check_config(config_);
+  config_.ahead_rows = std::min(config_.ahead_rows, config_.max_rows);
+  config_.lookahead_rows = std::min(config_.lookahead_rows, config_.max_rows);
   for (const std::size_t row_bytes :
        region_row_bytes(config_.layers, config_.layers_per_group, config_.kv_split)) {
     regions_.push_back(
@@ -50,33 +54,44 @@ KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
     idle_.insert(slot, 0, 0);
   }
   if (config_.ahead_rows > 0) {
-    worker_ = std::make_unique<CommitWorker>([this](std::uint32_t slot) { commit_ahead(slot); });
+    worker_ = std::make_shared<CommitWorker>([this](std::uint32_t slot) { commit_ahead(slot); });
   }
 }
 
 KVArena::~KVArena() {
   if (guard_.is_forked_child()) {
-    static_cast<void>(worker_.release());  // its thread stayed in the parent
+    new std::shared_ptr<CommitWorker>(std::move(worker_));  // leaked: its thread is the parent's
     return;
   }
   try {
     close();
-  } catch (const DriverError&) {
+  } catch (const std::exception&) {
     // At exit the driver may be gone, and the mappings with it.
   }
 }
 
 void KVArena::close() {
   guard_.check("this KV arena");
-  worker_.reset();  // joins; must not hold the lock, which the worker may want
+  std::shared_ptr<CommitWorker> worker;
+  {
+    const Lock lock(mutex_);
+    if (is_closed_) return;
+    is_closed_ = true;
+    worker.swap(worker_);
+  }
+  worker.reset();  // joins; without the lock, which the worker may want
   const Lock lock(mutex_);
-  if (is_closed_) return;
-  is_closed_ = true;
+  std::exception_ptr failure;
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
       SlotPages& mapped = slots_[slot].regions[r];
       if (mapped.pages.empty()) continue;
-      driver_->unmap(regions_[r]->page_address(slot, 0), mapped.pages.size());
+      try {
+        driver_->unmap(regions_[r]->page_address(slot, 0), mapped.pages.size());
+      } catch (const DriverError&) {
+        failure = std::current_exception();  // reported once everything else is given back
+        continue;
+      }
       const std::size_t num_held = mapped.num_held();
       for (std::size_t i = 0; i < mapped.pages.size(); ++i) {
         if (i < num_held) {
@@ -89,6 +104,7 @@ void KVArena::close() {
     }
   }
   pool_.trim(0);
+  if (failure) std::rethrow_exception(failure);
 }
 
 KVArena::Lock KVArena::enter() const {
@@ -150,8 +166,8 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
   }
   if (idle_.size() < num_slots) return std::nullopt;
   const std::size_t needed = num_slots * slot_pages_needed(num_rows);
-  const std::size_t low = num_live_ > 0 ? config_.low_pages : 0;
-  if (pool_.available() + reclaimable() < needed + low) return std::nullopt;
+  poll_fences();
+  if (!has_room(needed)) return std::nullopt;
 
   std::vector<std::uint32_t> taken;
   std::vector<std::size_t> warm;
@@ -166,6 +182,9 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
   bool is_backed = false;
   try {
     is_backed = grow(lock, taken);
+    if (is_backed && config_.zero_on_reuse) {
+      for (const std::uint32_t slot : taken) scrub(slot);
+    }
   } catch (...) {
     give_up();
     throw;
@@ -182,8 +201,14 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
 bool KVArena::can_admit(std::size_t num_rows) {
   const Lock lock = enter();
   if (idle_.size() == 0 || num_rows > config_.max_rows) return false;
+  poll_fences();
+  return has_room(slot_pages_needed(num_rows));
+}
+
+/// All but committed and retired pages can be had: those free, creatable, ahead and parked.
+bool KVArena::has_room(std::size_t num_pages) const {
   const std::size_t low = num_live_ > 0 ? config_.low_pages : 0;
-  return pool_.available() + reclaimable() >= slot_pages_needed(num_rows) + low;
+  return committed_pages_ + pool_.stats().num_retired + num_pages + low <= config_.max_pages;
 }
 
 /// The warm slot that fits best: the smallest with enough pages, else the one with most.
@@ -194,18 +219,23 @@ std::uint32_t KVArena::take_idle_slot(std::size_t num_rows) {
   return slot;
 }
 
+/// Clear what the slot's last sequence left, in retired pages too: growth takes those back.
+void KVArena::scrub(std::uint32_t slot) {
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    const SlotPages& mapped = slots_[slot].regions[r];
+    const std::size_t num_seen = std::min(mapped.num_exposed, mapped.pages.size());
+    if (num_seen == 0) continue;
+    driver_->zero(regions_[r]->page_address(slot, 0), num_seen * totals_.page_bytes);
+  }
+}
+
 void KVArena::adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_warm_pages) {
   Slot& entry = slots_[slot];
   entry.wanted_rows = 0;
   entry.state = SlotState::kLive;
   entry.num_rows = 0;
-  for (std::size_t r = 0; r < regions_.size(); ++r) {
-    SlotPages& mapped = entry.regions[r];
-    if (config_.zero_on_reuse && mapped.num_held() > 0 && mapped.num_exposed > 0) {
-      driver_->zero(regions_[r]->page_address(slot, 0),
-                    std::min(mapped.num_exposed, mapped.num_held()) * totals_.page_bytes);
-    }
-    if (entry.last_use <= completed_) mapped.num_exposed = 0;
+  if (entry.last_use <= completed_) {
+    for (SlotPages& mapped : entry.regions) mapped.num_exposed = 0;
   }
   totals_.adopted_pages += std::min(num_warm_pages, slot_pages_needed(num_rows));
   ++num_live_;
@@ -238,11 +268,21 @@ std::uint32_t KVArena::live_slot(std::int64_t slot) const {
   return static_cast<std::uint32_t>(slot);
 }
 
+std::uint32_t KVArena::live_slot_once(std::int64_t slot) {
+  const std::uint32_t id = live_slot(slot);
+  if (slots_[id].named_in == num_calls_) {
+    throw ConfigError("slot " + std::to_string(slot) + " is named twice in one call");
+  }
+  slots_[id].named_in = num_calls_;
+  return id;
+}
+
 void KVArena::free(const std::int64_t* slots, std::size_t count) {
   Lock lock = enter();
-  for (std::size_t i = 0; i < count; ++i) live_slot(slots[i]);
+  ++num_calls_;
+  for (std::size_t i = 0; i < count; ++i) live_slot_once(slots[i]);
   for (std::size_t i = 0; i < count; ++i) {
-    const std::uint32_t slot = live_slot(slots[i]);  // again: a slot named twice is an error
+    const auto slot = static_cast<std::uint32_t>(slots[i]);
     Slot& entry = slots_[slot];
     set_rows(entry, 0);
     entry.last_use = epoch_;

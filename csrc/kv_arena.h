@@ -1,5 +1,6 @@
 // kv_arena.h: slots over reserved address space whose pages come on demand, all regions or none.
-// Owns: the regions, the pool, the worker.  Thread-safety: all methods; one mutex. Lock order:
+// Owns: the regions, the pool, the worker.  Thread-safety: all methods; one mutex. Steps belong to
+// one engine thread; others may read and close. Lock order:
 // GIL, then arena, then pool, then driver; the worker maps with no lock held.
 #pragma once
 
@@ -98,7 +99,8 @@ class KVArena {
 
   /// Take back all ahead and parked pages, then destroy free ones beyond `keep_free`; the count.
   std::size_t trim(std::size_t keep_free);
-  void resize(std::size_t max_pages);
+  /// New cap and watermarks. Pages in use beyond the cap leave as they are freed.
+  void resize(std::size_t max_pages, std::size_t low_pages, std::size_t high_pages);
 
   /// Rows of the slot that are mapped in every region and not retired.
   [[nodiscard]] std::size_t mapped_rows(std::uint32_t slot);
@@ -106,6 +108,7 @@ class KVArena {
   [[nodiscard]] std::shared_ptr<Region> region(std::size_t index) const {
     return regions_.at(index);
   }
+  void check_open() const { static_cast<void>(enter()); }  ///< Throws ClosedError.
   [[nodiscard]] std::size_t num_regions() const { return regions_.size(); }
   [[nodiscard]] ArenaStats stats();
   void wait_worker();  ///< Until the worker has nothing to do.
@@ -141,8 +144,10 @@ class KVArena {
   [[nodiscard]] std::size_t plan(std::uint32_t slot, std::size_t num_rows,
                                  std::vector<Growth>* plan) const;
   [[nodiscard]] bool acquire_and_map(std::vector<Growth>& plan);
-  void undo(std::vector<Growth>& plan);
+  void undo(std::vector<Growth>& plan) noexcept;
+  [[nodiscard]] bool try_growths(std::vector<Growth>& growths, std::size_t num_pages);
   std::size_t publish(const std::vector<Growth>& plan);
+  std::size_t publish_and_update(const std::vector<Growth>& growths);
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 
   // Shrinking.
@@ -150,10 +155,11 @@ class KVArena {
   void settle();
   bool settle_region(std::uint32_t slot, std::size_t region);
   void make_available(std::size_t num_pages);
+  std::size_t reclaim(std::size_t num_pages);
   std::size_t reclaim_ahead(std::size_t num_pages);
   std::size_t reclaim_parked(std::size_t num_pages);
   void recycle_parked(std::size_t num_pages);
-  [[nodiscard]] std::size_t reclaimable() const;
+  [[nodiscard]] bool has_room(std::size_t num_pages) const;
   void give_back_above_high();
 
   // Slots.
@@ -162,9 +168,12 @@ class KVArena {
   void adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_warm_pages);
   void update_idle(std::uint32_t slot);
   std::uint32_t live_slot(std::int64_t slot) const;
+  std::uint32_t live_slot_once(std::int64_t slot);
+  void scrub(std::uint32_t slot);
   void set_rows(Slot& slot, std::size_t num_rows);
   void post(std::uint32_t slot);
   void commit_ahead(std::uint32_t slot);
+  [[nodiscard]] bool any_in_flight() const;
   void wait_landed(Lock& lock);
   void poll_fences();
   void note_peak();
@@ -183,12 +192,12 @@ class KVArena {
   std::vector<Slot> slots_;
   IdleSlots idle_;
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
-  std::vector<std::uint32_t> growing_;                        // scratch of try_extend
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
   std::size_t committed_pages_ = 0;
   std::uint64_t next_parked_at_ = 1;
+  std::uint64_t num_calls_ = 0;  // calls that named slots
 
   bool is_closed_ = false;
   Epoch epoch_ = 0;      // last step begun
@@ -197,7 +206,7 @@ class KVArena {
   std::deque<std::pair<Epoch, Fence>> fences_;
 
   ArenaStats totals_;  // the running sums and peaks; the rest is filled in by stats()
-  std::unique_ptr<CommitWorker> worker_;  // last: its thread uses all of the above
+  std::shared_ptr<CommitWorker> worker_;  // last: its thread uses all of the above
 };
 
 }  // namespace vmalloc

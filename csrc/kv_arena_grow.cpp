@@ -76,21 +76,28 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
   return true;
 }
 
-void KVArena::undo(std::vector<Growth>& plan) {
+/// Unmap and give back. A growth that the driver will not unmap stays mapped, for its slot to keep.
+void KVArena::undo(std::vector<Growth>& plan) noexcept {
   for (Growth& growth : plan) {
-    if (growth.is_mapped) {
-      driver_->unmap(regions_[growth.region]->page_address(growth.slot, growth.first),
-                     growth.num_pages);
+    try {
+      if (growth.is_mapped) {
+        driver_->unmap(regions_[growth.region]->page_address(growth.slot, growth.first),
+                       growth.num_pages);
+        growth.is_mapped = false;
+      }
+    } catch (const DriverError&) {
+      continue;
     }
     for (const PageId page : growth.pages) pool_.release(page);
     growth.pages.clear();
-    growth.is_mapped = false;
   }
 }
 
+/// Enter the growths that are mapped into the books; the number of pages.
 std::size_t KVArena::publish(const std::vector<Growth>& plan) {
   std::size_t num_pages = 0;
   for (const Growth& growth : plan) {
+    if (!growth.is_mapped) continue;
     SlotPages& mapped = slots_[growth.slot].regions[growth.region];
     for (std::size_t i = mapped.num_held(); i < mapped.pages.size(); ++i) {
       pool_.restore(mapped.pages[i]);
@@ -117,39 +124,79 @@ void KVArena::restore_retired(std::uint32_t slot, std::size_t num_rows) {
   }
 }
 
+bool KVArena::any_in_flight() const {
+  return std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.in_flight; });
+}
+
 /// Back `wanted_rows` of every slot, or change nothing.
 bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
   const StallTimer timer(&totals_.stall_us);
-  landed_.wait(lock, [&] {
-    return std::none_of(slots.begin(), slots.end(),
-                        [this](std::uint32_t slot) { return slots_[slot].in_flight; });
-  });
-  // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
-  poll_fences();
-  std::vector<Growth> growths;
-  std::size_t num_pages = 0;
-  for (const std::uint32_t slot : slots) {
-    num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
-  }
-  if (num_pages > 0) {
-    recycle_parked(num_pages);
-    if (pool_.available() < num_pages) {
-      make_available(num_pages);
-      if (pool_.available() < num_pages) return false;
+  for (;;) {
+    landed_.wait(lock, [&] {
+      return std::none_of(slots.begin(), slots.end(),
+                          [this](std::uint32_t slot) { return slots_[slot].in_flight; });
+    });
+    if (is_closed_) throw ClosedError("this KV arena is closed");
+    // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
+    poll_fences();
+    std::vector<Growth> growths;
+    std::size_t num_pages = 0;
+    for (const std::uint32_t slot : slots) {
+      num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
     }
-    if (!acquire_and_map(growths)) return false;
-    totals_.critical_pages += publish(growths);
+    if (num_pages == 0) break;
+    if (try_growths(growths, num_pages)) {
+      totals_.critical_pages += num_pages;
+      break;
+    }
+    // The machine may have less than the cap, or no kernel mappings left: then what is ahead and
+    // parked is all there is. And what the worker maps right now can be reclaimed once it landed.
+    if (pool_.available() >= num_pages && pool_.stats().num_retired == 0 &&
+        reclaim(num_pages) > 0) {
+      continue;
+    }
+    if (!any_in_flight()) return false;
+    wait_landed(lock);
   }
   for (const std::uint32_t slot : slots) restore_retired(slot, slots_[slot].wanted_rows);
   return true;
 }
 
+/// Make room for the planned growths, map and publish them; or none, and false.
+bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
+  recycle_parked(num_pages);
+  if (pool_.available() < num_pages) make_available(num_pages);
+  if (pool_.available() < num_pages) return false;
+  bool is_mapped = false;
+  try {
+    is_mapped = acquire_and_map(growths);
+  } catch (...) {
+    publish_and_update(growths);
+    throw;
+  }
+  publish_and_update(growths);
+  return is_mapped;
+}
+
+/// Publish what is mapped: all of a growth that worked, and of one that was undone only what the
+/// driver would not unmap.
+std::size_t KVArena::publish_and_update(const std::vector<Growth>& growths) {
+  const std::size_t num_pages = publish(growths);
+  for (const Growth& growth : growths) {
+    if (!growth.is_mapped) continue;
+    update_limits(slots_[growth.slot]);
+    update_idle(growth.slot);
+  }
+  return num_pages;
+}
+
 bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows,
                          std::size_t count) {
   Lock lock = enter();
-  growing_.clear();
+  std::vector<std::uint32_t> growing;
+  ++num_calls_;
   for (std::size_t i = 0; i < count; ++i) {
-    Slot& slot = slots_[live_slot(slots[i])];
+    Slot& slot = slots_[live_slot_once(slots[i])];
     const auto rows = static_cast<std::size_t>(num_rows[i]);
     if (num_rows[i] < 0 || rows < slot.num_rows || rows > config_.max_rows) {
       throw ConfigError("slot " + std::to_string(slots[i]) + " is extended to " +
@@ -157,9 +204,9 @@ bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows
                         std::to_string(slot.num_rows) + " and the maximum, " +
                         std::to_string(config_.max_rows));
     }
-    if (rows > slot.commit_rows) growing_.push_back(static_cast<std::uint32_t>(slots[i]));
+    if (rows > slot.commit_rows) growing.push_back(static_cast<std::uint32_t>(slots[i]));
   }
-  if (!growing_.empty()) {
+  if (!growing.empty()) {
     for (std::size_t i = 0; i < count; ++i) {
       Slot& slot = slots_[static_cast<std::size_t>(slots[i])];
       slot.wanted_rows = std::max(slot.wanted_rows, static_cast<std::size_t>(num_rows[i]));
@@ -171,7 +218,7 @@ bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows
     };
     bool is_backed = false;
     try {
-      is_backed = grow(lock, growing_);
+      is_backed = grow(lock, growing);
     } catch (...) {
       forget();
       throw;
@@ -224,52 +271,47 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   if (pool_.available() < num_pages + config_.low_pages) return;
   entry.in_flight = true;
   lock.unlock();
-  bool is_mapped = false;
   std::exception_ptr failure;
   try {
-    is_mapped = acquire_and_map(growths);
+    static_cast<void>(acquire_and_map(growths));
   } catch (...) {
     failure = std::current_exception();
   }
   lock.lock();
   entry.in_flight = false;
-  if (is_mapped) {
-    totals_.background_pages += publish(growths);
-    update_limits(entry);
-    update_idle(slot);
-  }
+  totals_.background_pages += publish_and_update(growths);
   lock.unlock();
   landed_.notify_all();
   if (failure) std::rethrow_exception(failure);
 }
 
 void KVArena::wait_landed(Lock& lock) {
-  landed_.wait(lock, [this] {
-    return std::none_of(slots_.begin(), slots_.end(),
-                        [](const Slot& slot) { return slot.in_flight; });
-  });
+  landed_.wait(lock, [this] { return !any_in_flight(); });
 }
 
 void KVArena::wait_worker() {
-  static_cast<void>(enter());  // checks only; the worker needs the lock to finish
-  if (worker_ != nullptr) worker_->wait_idle();
+  std::shared_ptr<CommitWorker> worker;
+  {
+    const Lock lock = enter();
+    worker = worker_;
+  }
+  if (worker != nullptr) worker->wait_idle();  // without the lock, which the worker needs to finish
 }
 
 void KVArena::prefetch(std::size_t num_rows) {
   const Lock lock = enter();
   if (worker_ == nullptr || num_rows == 0 || num_rows > config_.max_rows) return;
-  // The same hint may come every step, so one slot is warmed at a time.
-  if (warming_ != kNoSlot && slots_[warming_].wanted_rows >= num_rows &&
-      slots_[warming_].state == SlotState::kIdle) {
-    return;
+  // The same hint may come every step: one slot at a time is promised to a coming sequence.
+  if (warming_ != kNoSlot) {
+    Slot& last = slots_[warming_];
+    if (last.is_queued || last.in_flight) return;
+    if (last.state == SlotState::kIdle) last.wanted_rows = 0;
   }
   if (idle_.size() == 0) return;
   const std::size_t needed = slot_pages_needed(num_rows);
-  const std::uint32_t warmest = idle_.best_fit(needed);
-  if (idle_.pages_of(warmest) >= needed) return;  // warm enough already
-  warming_ = warmest;
+  warming_ = idle_.best_fit(needed);
   slots_[warming_].wanted_rows = num_rows;
-  post(warming_);
+  if (idle_.pages_of(warming_) < needed) post(warming_);
 }
 
 }  // namespace vmalloc

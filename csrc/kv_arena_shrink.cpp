@@ -41,11 +41,14 @@ std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::s
     mapped.retired_epochs.insert(mapped.retired_epochs.begin(), epochs.begin(), epochs.end());
     retiring_.insert({slot, r});
     num_dropped += num_pages;
-    if (settle_region(slot, r)) retiring_.erase({slot, r});
   }
   if (num_dropped == 0) return 0;
   update_limits(entry);
   update_idle(slot);
+  // Last, because the driver may throw: the books are right with the pages still retired.
+  for (std::size_t r = 0; r < regions_.size(); ++r) {
+    if (settle_region(slot, r)) retiring_.erase({slot, r});
+  }
   return num_dropped;
 }
 
@@ -60,10 +63,12 @@ bool KVArena::settle_region(std::uint32_t slot, std::size_t region) {
   if (num_pages > 0) {
     const std::size_t first = mapped.pages.size() - num_pages;
     driver_->unmap(regions_[region]->page_address(slot, first), num_pages);
-    for (std::size_t i = first; i < mapped.pages.size(); ++i) pool_.settle(mapped.pages[i]);
+    const std::vector<PageId> unmapped(mapped.pages.begin() + static_cast<std::ptrdiff_t>(first),
+                                       mapped.pages.end());
     mapped.pages.resize(first);
     mapped.retired_epochs.resize(mapped.retired_epochs.size() - num_pages);
     mapped.num_exposed = std::min(mapped.num_exposed, first);
+    for (const PageId page : unmapped) pool_.settle(page);
   }
   return mapped.retired_epochs.empty();
 }
@@ -79,11 +84,18 @@ void KVArena::settle() {
 /// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
 /// that is short only because of them had better try again after the step.
 void KVArena::make_available(std::size_t num_pages) {
-  const std::size_t coming = pool_.available() + pool_.stats().num_retired;
-  if (coming >= num_pages) return;
-  const std::size_t missing = num_pages - coming;
-  const std::size_t num_ahead = reclaim_ahead(missing);
-  if (num_ahead < missing) reclaim_parked(missing - num_ahead);
+  const PoolStats pool = pool_.stats();
+  const std::size_t coming = pool_.available() + pool.num_retired;
+  // Above the cap, freed pages are destroyed: nothing is gained before the surplus is gone.
+  const std::size_t surplus =
+      pool.num_created > pool.max_pages ? pool.num_created - pool.max_pages : 0;
+  if (coming < num_pages + surplus) reclaim(num_pages + surplus - coming);
+}
+
+/// Take back pages that no live row needs: ahead first, then parked; the number taken.
+std::size_t KVArena::reclaim(std::size_t num_pages) {
+  const std::size_t num_ahead = reclaim_ahead(num_pages);
+  return num_ahead < num_pages ? num_ahead + reclaim_parked(num_pages - num_ahead) : num_ahead;
 }
 
 std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
@@ -130,10 +142,11 @@ void KVArena::recycle_parked(std::size_t num_pages) {
   totals_.reclaimed_pages += num_recycled;
 }
 
-/// Pages in use that no live row needs: committed ahead, or parked.
-std::size_t KVArena::reclaimable() const { return pool_.stats().num_in_use - committed_pages_; }
-
 void KVArena::give_back_above_high() {
+  const PoolStats pool = pool_.stats();
+  if (pool.num_created > pool.max_pages + pool.num_retired) {  // after a resize to less
+    reclaim_parked(pool.num_created - pool.max_pages - pool.num_retired);
+  }
   if (config_.high_pages >= config_.max_pages) return;
   const std::size_t num_free = pool_.stats().num_free;
   if (num_free + idle_.num_pages() <= config_.high_pages) return;
@@ -147,12 +160,11 @@ std::size_t KVArena::trim(std::size_t keep_free) {
   Lock lock = enter();
   wait_landed(lock);
   poll_fences();
-  reclaim_ahead(SIZE_MAX);
-  reclaim_parked(SIZE_MAX);
+  reclaim(SIZE_MAX);
   return pool_.trim(keep_free);
 }
 
-void KVArena::resize(std::size_t max_pages) {
+void KVArena::resize(std::size_t max_pages, std::size_t low_pages, std::size_t high_pages) {
   Lock lock = enter();
   const std::size_t min_pages = slot_pages_needed(1) + 1;
   if (max_pages < min_pages) {
@@ -160,14 +172,14 @@ void KVArena::resize(std::size_t max_pages) {
         with_limit("the new cap in pages", max_pages, "at least " + std::to_string(min_pages)));
   }
   config_.max_pages = max_pages;
+  config_.low_pages = low_pages;
+  config_.high_pages = high_pages;
   pool_.set_max_pages(max_pages);
   const PoolStats pool = pool_.stats();
   if (pool.num_created <= max_pages) return;
   wait_landed(lock);
   poll_fences();
-  const std::size_t surplus = pool.num_created - max_pages;
-  const std::size_t num_ahead = reclaim_ahead(surplus);
-  if (num_ahead < surplus) reclaim_parked(surplus - num_ahead);
+  reclaim(pool.num_created - max_pages);
 }
 
 }  // namespace vmalloc

@@ -87,7 +87,9 @@ PageId PagePool::claim_free(PageId after) {
 PageId PagePool::claim_absent(PageId after) {
   std::size_t page = ExtentMap::kNone;
   if (after != kNoPage) {
-    if (after + 1 == pages_.size()) add_absent_extent();
+    if (after + 1 == pages_.size() && pages_.size() < kNumbersPerPage * max_pages_) {
+      add_absent_extent();
+    }
     if (absent_.contains(after + 1)) page = after + 1;
   }
   if (page == ExtentMap::kNone) page = absent_.find_whole_extent();
@@ -167,15 +169,19 @@ void PagePool::settle(PageId page) {
 void PagePool::free_if_unreferenced(PageId page) {
   const Page& entry = pages_[page];
   if (entry.live > 0 || entry.retired > 0) return;
-  if (num_created_ > max_pages_) {
+  free_.insert(page);
+  if (num_created_ <= max_pages_) return;
+  try {
     destroy(page);
-  } else {
-    free_.insert(page);
+  } catch (const DriverError&) {
+    // It stays free; whoever trims tries again and hears of it.
   }
 }
 
+/// Requires: free. The page stays free if the driver throws.
 void PagePool::destroy(PageId page) {
   driver_->destroy_page(pages_[page].handle);
+  free_.erase(page);
   pages_[page] = Page{};
   absent_.insert(page);
   --num_created_;
@@ -195,9 +201,7 @@ std::size_t PagePool::trim(std::size_t keep_free) {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::size_t num_destroyed = 0;
   while (free_.size() > keep_free) {
-    const auto page = static_cast<PageId>(free_.find_any());
-    free_.erase(page);
-    destroy(page);
+    destroy(static_cast<PageId>(free_.find_any()));
     ++num_destroyed;
   }
   return num_destroyed;

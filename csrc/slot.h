@@ -34,6 +34,7 @@ struct Slot {
   std::size_t ready_rows = 0;   ///< ... and to this without needing one that is not mapped
   Epoch last_use = 0;           ///< of an idle slot: last step whose kernels may read its pages
   std::uint64_t parked_at = 0;  ///< order in which slots became idle
+  std::uint64_t named_in = 0;   ///< last call that named the slot: naming one twice is an error
   std::vector<SlotPages> regions;
 };
 

@@ -7,6 +7,7 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from types import TracebackType
 from typing import NoReturn
 
@@ -58,8 +59,8 @@ class VirtualKVCache:
             num_slots=self._layout.num_slots,
             max_rows=config.max_seq_len,
             max_pages=max_pages,
-            low_pages=int(max_pages * config.low_watermark),
-            high_pages=-int(-max_pages * config.high_watermark // 1),
+            low_pages=_low_pages(config, max_pages),
+            high_pages=_high_pages(config, max_pages),
             ahead_rows=config.commit_ahead_tokens,
             lookahead_rows=config.lookahead_tokens,
             zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
@@ -97,6 +98,7 @@ class VirtualKVCache:
         self._arena.prefetch(num_tokens)
 
     def try_admit(self, group: SequenceGroupSpec) -> Reservation | None:
+        _check_num_tokens(group.num_tokens)
         for seq_id in group.seq_ids:
             if seq_id in self._slot_of:
                 raise ConfigError(f"seq_id {seq_id} is live already")
@@ -119,6 +121,7 @@ class VirtualKVCache:
         return True
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
+        _check_num_tokens(num_tokens)
         self._arena.truncate(self._slots((seq_id,))[0], num_tokens)
         self._len_of[seq_id] = num_tokens
 
@@ -148,12 +151,13 @@ class VirtualKVCache:
         return views
 
     def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
+        slots = self._slots(seq_ids)
         lens = [self._len_of[seq_id] for seq_id in seq_ids]
         cu_seqlens = [0]
         for count in num_new_tokens:
             cu_seqlens.append(cu_seqlens[-1] + count)
         return KVBatchView(
-            cache_batch_idx=torch.tensor(self._slots(seq_ids), dtype=torch.int32),
+            cache_batch_idx=torch.tensor(slots, dtype=torch.int32),
             cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
             seqused_k=torch.tensor(lens, dtype=torch.int32),
             max_seqlen_q=max(num_new_tokens, default=0),
@@ -162,6 +166,7 @@ class VirtualKVCache:
 
     def seq_len(self, seq_id: int) -> int:
         """Tokens of a live sequence."""
+        self._slots((seq_id,))
         return self._len_of[seq_id]
 
     def slot_of(self, seq_id: int) -> int:
@@ -212,7 +217,10 @@ class VirtualKVCache:
         return self._arena.trim(keep_free_pages)
 
     def resize(self, capacity_bytes: int) -> None:
-        self._arena.resize(capacity_bytes // self._layout.page_bytes)
+        max_pages = capacity_bytes // self._layout.page_bytes
+        self._arena.resize(
+            max_pages, _low_pages(self._config, max_pages), _high_pages(self._config, max_pages)
+        )
 
     def check_invariants(self) -> None:
         self._arena.check_invariants()
@@ -293,6 +301,19 @@ def _core_spec(layer: LayerKVSpec) -> _core.LayerKVSpec:
         v_head_dim=layer.v_head_dim,
         element_bytes=DTYPE_BYTES[layer.dtype],
     )
+
+
+def _low_pages(config: KVCacheConfig, max_pages: int) -> int:
+    return int(max_pages * config.low_watermark)
+
+
+def _high_pages(config: KVCacheConfig, max_pages: int) -> int:
+    return ceil(max_pages * config.high_watermark)
+
+
+def _check_num_tokens(num_tokens: int) -> None:
+    if num_tokens < 0:
+        raise ConfigError(f"num_tokens is {num_tokens}; it must be 0 or more")
 
 
 def _mixes_dtypes(config: KVCacheConfig) -> bool:

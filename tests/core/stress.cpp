@@ -103,7 +103,7 @@ class Engine {
         static_cast<void>(arena_.trim(pick(random_, 8)));
         break;
       case 6:
-        arena_.resize(60 + pick(random_, 200));
+        arena_.resize(60 + pick(random_, 200), pick(random_, 10), SIZE_MAX);
         break;
       case 7:
         driver_.hold_fences(pick(random_, 2) == 0);
@@ -213,6 +213,7 @@ void run_arena_round(unsigned seed) {
   auto driver = std::make_shared<vmalloc::FaultDriver>(inner);
   {
     KVArena arena(driver, make_config(random));
+    driver->delay_maps(pick(random, 2) == 0 ? 0 : static_cast<unsigned>(pick(random, 100)));
     std::atomic<bool> stop{false};
     std::thread observer([&] { observe(arena, stop, seed + 1); });
     Engine(arena, *driver, seed + 2).run();
