@@ -114,7 +114,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 @cache
 def _model(name: str) -> Any:
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    config = CONFIGS[name]()
+    # transformers 5.17 computes soft-capped models under sdpa, and drops the cap without a word.
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    model = hf.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if has_softcap else None
+    ).eval()
     model.generation_config.eos_token_id = None
     return model
 
