@@ -85,7 +85,7 @@ def memory_report(stats: KVCacheStats, max_length_bytes: int, max_model_len: int
         (
             "Peak committed",
             format_bytes(stats.peak_committed_bytes),
-            f"{stats.peak_live_seqs} sequences; tokens {format_bytes(stats.peak_live_bytes)}",
+            f"{stats.peak_live_seqs} at once; tokens {format_bytes(stats.peak_live_bytes)}",
         ),
         ("Waste, averaged over steps", f"{1 - stats.utilisation:.1%}", "committed but not live"),
         ("Map calls", str(stats.map_calls), f"{stats.unmap_calls} unmap calls"),
