@@ -13,6 +13,9 @@ from ..errors import ConfigError
 DtypeName = Literal["auto", "float32", "bfloat16"]
 KVBackendName = Literal["auto", "virtual", "paged"]
 
+MAX_INT = 2**63 - 1
+"""Largest size the core counts with."""
+
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 """Tokens a step computes at most: enough to feed the CPU's matrix units, short enough to stream."""
 
@@ -93,5 +96,5 @@ def _check_int(name: str, value: int | None, minimum: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} is {value!r}; it must be an integer, at least {minimum}")
-    if value < minimum:
-        raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
+    if not minimum <= value <= MAX_INT:
+        raise ConfigError(f"{name} is {value}; it must be between {minimum} and {MAX_INT}")

@@ -85,15 +85,20 @@ class PackedAttention:
     Args:
         layer_caches: K and V of each layer, as ``KVBackend.layer_views`` gives them.
         view: where the batch writes and reads.
+
+    Attributes:
+        num_calls: how often it was called.
     """
 
-    __slots__ = ("_layer_caches", "_view")
+    __slots__ = ("_layer_caches", "_view", "num_calls")
 
     def __init__(self, layer_caches: list[tuple[Tensor, Tensor]], view: KVBatchView) -> None:
         self._layer_caches = layer_caches
         self._view = view
+        self.num_calls = 0
 
     def __call__(self, call: AttentionCall) -> Tensor:
+        self.num_calls += 1
         k_cache, v_cache = self._layer_caches[call.layer_idx]
         append_kv(call.key, call.value, k_cache, v_cache, self._view)
         return varlen_attention(

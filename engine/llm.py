@@ -5,6 +5,7 @@ Owns: one engine.  Thread-safety: none; one thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backend import KVCacheStats
-from ..errors import ConfigError
+from ..errors import ConfigError, VmallocError
 from .config import DtypeName, EngineConfig, KVBackendName
 from .llm_engine import LLMEngine
 from .model_loader import check_module, load_model, resolve_model_name
@@ -42,7 +43,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | torch.nn.Module,
+        model: str | os.PathLike[str] | torch.nn.Module,
         tokenizer: Any = None,
         *,
         skip_tokenizer_init: bool = False,
@@ -73,8 +74,8 @@ class LLM:
             batch_invariant=batch_invariant,
             max_logprobs=max_logprobs,
         )
-        if isinstance(model, str):
-            name = resolve_model_name(model)
+        if isinstance(model, str | os.PathLike):
+            name = resolve_model_name(os.fspath(model))
             module = load_model(name, dtype)
             tokenizer = name if tokenizer is None else tokenizer
         else:
@@ -82,10 +83,15 @@ class LLM:
             module = model.eval()
         if skip_tokenizer_init:
             tokenizer = None
-        elif isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(resolve_model_name(tokenizer))
+        elif isinstance(tokenizer, str | os.PathLike):
+            tokenizer = load_tokenizer(resolve_model_name(os.fspath(tokenizer)))
+        elif tokenizer is not None and not hasattr(tokenizer, "encode"):
+            raise ConfigError(
+                f"tokenizer is a {type(tokenizer).__name__}; it must be a name or a tokenizer"
+            )
         self.engine = LLMEngine(module, tokenizer, config)
         self._num_requests = 0
+        self._is_generating = False
 
     @property
     def config(self) -> EngineConfig:
@@ -121,14 +127,19 @@ class LLM:
         Raises ``ConfigError``, before anything runs, if any prompt or setting cannot work. A
         request that does not fit the KV cache ends alone with ``finish_reason="error"``.
         """
+        if self._is_generating:
+            raise VmallocError("generate() was called within its own on_token callback")
         prompt_list = _as_prompts(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
+        for prompt, params in zip(prompt_list, params_list, strict=True):
+            self.engine.check_request(prompt, params)
         kind = RequestOutputKind.FINAL_ONLY if on_token is None else RequestOutputKind.DELTA
         first = self._num_requests
         self._num_requests += len(prompt_list)
         names = [str(first + idx) for idx in range(len(prompt_list))]
         collected = _Collector(names)
         progress = GenerationProgress(len(prompt_list), is_shown=use_tqdm)
+        self._is_generating = True
         try:
             for name, prompt, params in zip(names, prompt_list, params_list, strict=True):
                 self.engine.add_request(name, prompt, replace(params, output_kind=kind))
@@ -140,6 +151,7 @@ class LLM:
                             on_token(output)
                         progress.update(output)
         finally:
+            self._is_generating = False
             self.engine.abort_request(names)
         return collected.outputs()
 
@@ -170,19 +182,22 @@ class _Collector:
         """Take a piece; its ``request_id`` becomes the index of the prompt."""
         idx = self._idx[output.request_id]
         output.request_id = str(idx)
-        whole = self._whole.get(idx)
         new = output.outputs[0]
-        if whole is not None:
-            old = whole.outputs[0]
-            completion = replace(
-                new,
-                text=old.text + new.text,
-                token_ids=old.token_ids + new.token_ids,
-                logprobs=None if new.logprobs is None else (old.logprobs or []) + new.logprobs,
-            )
-        else:
-            completion = replace(new)
-        self._whole[idx] = replace(output, outputs=[completion])
+        whole = self._whole.get(idx)
+        if whole is None:
+            logprobs = None if new.logprobs is None else list(new.logprobs)
+            first = replace(new, token_ids=list(new.token_ids), logprobs=logprobs)
+            self._whole[idx] = replace(output, outputs=[first])
+            return
+        completion = whole.outputs[0]
+        completion.text += new.text
+        completion.token_ids.extend(new.token_ids)
+        if completion.logprobs is not None:
+            completion.logprobs.extend(new.logprobs or [])
+        completion.cumulative_logprob = new.cumulative_logprob
+        completion.finish_reason, completion.stop_reason = new.finish_reason, new.stop_reason
+        whole.is_finished, whole.error = output.is_finished, output.error
+        whole.metrics = output.metrics
 
     def outputs(self) -> list[RequestOutput]:
         return [self._whole[idx] for idx in range(len(self._idx))]
@@ -202,6 +217,13 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
         return [SamplingParams()] * num_prompts
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
+    if not isinstance(params, list | tuple):
+        raise ConfigError(
+            f"sampling_params is a {type(params).__name__}; it must be SamplingParams or a list"
+        )
+    for entry in params:
+        if not isinstance(entry, SamplingParams):
+            raise ConfigError(f"sampling_params holds {entry!r}; it must hold SamplingParams")
     if len(params) != num_prompts:
         raise ConfigError(f"sampling_params has {len(params)} entries for {num_prompts} prompts")
     return list(params)

@@ -39,17 +39,32 @@ def load_model(name: str, dtype: str) -> torch.nn.Module:
             name, "architecture", f"{type(config).__name__} is an encoder-decoder"
         )
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            name, dtype=_DTYPES.get(dtype, torch.float32), local_files_only=is_local
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=_DTYPES.get(dtype, torch.float32),
+            local_files_only=is_local,
+            output_loading_info=True,
         )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise ConfigError(f"model is {name!r}; it cannot be loaded: {error}") from error
-        reason = f"{type(config).__name__} has no causal language model in transformers"
-        raise UnsupportedModelError(name, "architecture", reason) from error
-    except OSError as error:
-        raise ConfigError(f"model is {name!r}; its weights cannot be loaded: {error}") from error
-    return model.eval()
+    except Exception as error:  # safetensors, torch and transformers each raise their own
+        if "Unrecognized configuration class" in str(error):
+            reason = f"{type(config).__name__} has no causal language model in transformers"
+            raise UnsupportedModelError(name, "architecture", reason) from error
+        raise ConfigError(f"model is {name!r}; it cannot be loaded: {error}") from error
+    _check_weights(name, loading)
+    module: torch.nn.Module = model
+    return module.eval()
+
+
+def _check_weights(name: str, loading: Any) -> None:
+    """Refuse a checkpoint whose gaps transformers has filled with random numbers."""
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(map(str, loading.get(what) or ()))
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ConfigError(
+                f"model is {name!r}; its checkpoint has {what.replace('_', ' ')}: "
+                f"{', '.join(keys[:3])}{more}"
+            )
 
 
 def _load_config(name: str) -> tuple[Any, bool]:
@@ -68,9 +83,10 @@ def _load_config(name: str) -> tuple[Any, bool]:
         ) from error
 
 
-def check_module(model: torch.nn.Module, dtype: str) -> None:
+def check_module(model: Any, dtype: str) -> None:
     """Raise ``ConfigError`` unless a ready-built module can run here in ``dtype``."""
-    parameter = next(model.parameters(), None)
+    is_module = isinstance(model, torch.nn.Module)
+    parameter = next(model.parameters(), None) if is_module else None
     if parameter is None or not hasattr(model, "config"):
         raise ConfigError(
             f"model is a {type(model).__name__}; it must be a transformers model with weights"

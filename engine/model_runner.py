@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backend import KVBackend, KVBatchView
+from ..errors import VmallocError
 from .kv_attention import PackedAttention, attention_through
 from .sequence import Sequence
 
@@ -52,7 +53,8 @@ class ModelRunner:
         """Compute the next ``num_new_tokens[i]`` tokens of each sequence; rows are backed.
 
         Returns float32 logits ``[num_ends, vocab_size]`` for the sequences that reach their last
-        known token in this step, in order.
+        known token in this step, in order. Raises ``VmallocError`` if the model attended elsewhere
+        than in the cache.
         """
         token_ids, positions, last_rows = _pack(seqs, num_new_tokens)
         num_tokens, num_ends = len(token_ids), len(last_rows)
@@ -63,9 +65,15 @@ class ModelRunner:
             token_ids.extend([0] * padding)
             positions.extend([0] * padding)
             last_rows.extend([0] * (_invariant_rows(num_ends) - len(last_rows)))
-        with attention_through(PackedAttention(self._layer_caches, view)):
+        attention = PackedAttention(self._layer_caches, view)
+        with attention_through(attention):
             logits = self._logits(
                 _int64(token_ids).unsqueeze(0), _int64(positions).unsqueeze(0), _int64(last_rows)
+            )
+        if attention.num_calls != len(self._layer_caches):
+            raise VmallocError(
+                f"{attention.num_calls} of {len(self._layer_caches)} layers attended to the KV "
+                "cache; was the model's attention switched while an engine uses it?"
             )
         return logits[:num_ends].float()
 

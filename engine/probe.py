@@ -52,7 +52,7 @@ def probe_model(model: torch.nn.Module, create_backend: BackendFactory) -> Probe
     failed check; the model's attention is then as before.
     """
     any_model: Any = model
-    before = getattr(any_model.config, "_attn_implementation", None)
+    before = own_attention(model)
     register_attention()
     try:
         _check_architecture(any_model)
@@ -64,6 +64,14 @@ def probe_model(model: torch.nn.Module, create_backend: BackendFactory) -> Probe
         restore_attention(model, before)
         raise
     return ProbedModel(layers, max_error)
+
+
+def own_attention(model: torch.nn.Module) -> str | None:
+    """Name of the attention a model has of its own, to be restored later."""
+    any_model: Any = model
+    name: str | None = getattr(any_model.config, "_attn_implementation", None)
+    # A copy of a model in use carries our name, and no engine answers it there.
+    return "eager" if name == ATTENTION_NAME else name
 
 
 def restore_attention(model: torch.nn.Module, name: str | None) -> None:

@@ -25,14 +25,24 @@ def read_prompt(
             raise ConfigError("prompt is empty; it must have at least 1 character")
         if tokenizer is None:
             raise ConfigError("prompt is text and there is no tokenizer; pass prompt_token_ids")
-        token_ids = list(tokenizer.encode(prompt))
+        try:
+            token_ids = list(tokenizer.encode(prompt))
+        except (TypeError, UnicodeError) as error:  # a lone surrogate is no character
+            raise ConfigError(
+                f"prompt is {prompt[:80]!r}; it cannot be encoded: {error}"
+            ) from error
     elif isinstance(prompt, dict):
         if set(prompt) - {"prompt", "prompt_token_ids"} or "prompt_token_ids" not in prompt:
             raise ConfigError(
-                f"prompt has keys {sorted(prompt)}; supported: prompt_token_ids, and prompt "
-                "as the text it stands for"
+                f"prompt has keys {sorted(map(str, prompt))}; supported: prompt_token_ids, and "
+                "prompt as the text it stands for"
             )
-        text, token_ids = prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        text, token_ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+        if not isinstance(token_ids, list | tuple):
+            raise ConfigError(
+                f"prompt_token_ids is a {type(token_ids).__name__}; it must be a list of token ids"
+            )
+        token_ids = list(token_ids)
     elif isinstance(prompt, list | tuple):
         token_ids = list(prompt)
     else:

@@ -5,7 +5,7 @@ Owns: nothing.  Thread-safety: immutable.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -66,6 +66,20 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            self._freeze(name)
+        for name in (
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "detokenize",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ConfigError(
+                f"output_kind is {self.output_kind!r}; it must be a RequestOutputKind"
+            )
         for name in ("n", "top_k", "min_tokens", "max_tokens", "logprobs", "seed"):
             _check_int(name, getattr(self, name), is_optional=name not in ("n", "top_k"))
         _check_choices(self.n)
@@ -74,7 +88,7 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{name} is {value!r}; it must be a number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+        if not 0.0 <= self.temperature <= sys.float_info.max:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more, finite")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -92,6 +106,15 @@ class SamplingParams:
             raise ConfigError(f"logprobs is {self.logprobs}; it must be 0 or more")
         self._check_stops()
 
+    def _freeze(self, name: str) -> None:
+        """Make a list a tuple: a caller's later change must not reach a running request."""
+        value = getattr(self, name)
+        if value is None or isinstance(value, str):
+            return
+        if not isinstance(value, list | tuple | set | frozenset):
+            raise ConfigError(f"{name} is a {type(value).__name__}; it must be a list")
+        object.__setattr__(self, name, tuple(value))
+
     def _check_stops(self) -> None:
         if any(not isinstance(text, str) for text in self.stop_strings):
             raise ConfigError(f"stop is {self.stop!r}; it must be a string or strings")
@@ -99,6 +122,8 @@ class SamplingParams:
             raise ConfigError("stop holds an empty string; every text would end before it")
         if self.stop_strings and not self.detokenize:
             raise ConfigError(f"stop is {self.stop!r}; stop strings need detokenize=True")
+        if isinstance(self.stop_token_ids, str):
+            raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list")
         for token_id in self.stop_token_ids or ():
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
                 raise ConfigError(f"stop_token_ids holds {token_id!r}; ids are integers from 0")

@@ -33,7 +33,7 @@ class ScheduledBatch:
     Attributes:
         seqs: sequences in the packed batch, in order.
         num_new_tokens: tokens each of them computes; their rows are backed.
-        failed: sequences that ended here because their KV can never fit.
+        failed: sequences that ended here, or in a call that raised, as their KV can never fit.
     """
 
     seqs: list[Sequence]
@@ -62,11 +62,12 @@ class Scheduler:
         self._failed: list[Sequence] = []
         # Tokens of this step, by sequence; dropped again if the sequence is preempted.
         self._scheduled: dict[int, int] = {}
+        self._budget = 0  # what is left of max_num_batched_tokens
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
+        """Whether any sequence waits or runs, or failed and was not handed over yet."""
+        return bool(self.waiting or self.running or self._failed)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence behind the others."""
@@ -79,21 +80,22 @@ class Scheduler:
 
         Decodes come first, then prefills under way, then new sequences while the budget lasts.
         """
-        self._failed = []
         self._scheduled = {}
+        self._budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
         self._schedule_decodes()
         self._schedule_prefills()
         if self.num_preemptions == num_preemptions:
             self._admit_waiting()
         seqs = [seq for seq in self.running if seq.seq_id in self._scheduled]
-        if seqs or not self.has_unfinished:
+        if seqs or not (self.waiting or self.running):
             self._num_stalls = 0
         else:
             self._num_stalls += 1
         if self.waiting:
             self._prefetch(self.waiting[0])
-        return ScheduledBatch(seqs, [self._scheduled[seq.seq_id] for seq in seqs], self._failed)
+        failed, self._failed = self._failed, []
+        return ScheduledBatch(seqs, [self._scheduled[seq.seq_id] for seq in seqs], failed)
 
     def complete(self, batch: ScheduledBatch) -> None:
         """Note that a step computed its tokens."""
@@ -108,9 +110,12 @@ class Scheduler:
             self.running = [seq for seq in self.running if not seq.is_finished]
         if len(running) < len(finished):
             self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+        if self._failed:
+            self._failed = [seq for seq in self._failed if seq not in finished]
 
-    def _budget(self) -> int:
-        return self._max_num_batched_tokens - sum(self._scheduled.values())
+    def _schedule_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
+        self._scheduled[seq.seq_id] = num_new_tokens
+        self._budget -= num_new_tokens
 
     def _schedule_decodes(self) -> None:
         ready = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
@@ -123,7 +128,7 @@ class Scheduler:
             victim = self._evict_latest()
             ready = [seq for seq in ready if seq is not victim]
         for seq in ready:
-            self._scheduled[seq.seq_id] = 1
+            self._schedule_tokens(seq, 1)
 
     def _try_extend(self, seqs: list[Sequence]) -> bool:
         return self._backend.try_extend(
@@ -132,11 +137,11 @@ class Scheduler:
 
     def _schedule_prefills(self) -> None:
         for seq in [seq for seq in self.running if seq.num_uncomputed_tokens > 1]:
-            while seq.status is SequenceStatus.RUNNING and self._budget() > 0:
-                num_new_tokens = min(seq.num_uncomputed_tokens, self._budget())
+            while seq.status is SequenceStatus.RUNNING and self._budget > 0:
+                num_new_tokens = min(seq.num_uncomputed_tokens, self._budget)
                 total = seq.num_computed_tokens + num_new_tokens
                 if self._backend.try_extend([seq.seq_id], [total]):
-                    self._scheduled[seq.seq_id] = num_new_tokens
+                    self._schedule_tokens(seq, num_new_tokens)
                     break
                 if self._can_wait():
                     break
@@ -156,7 +161,7 @@ class Scheduler:
         """Take the KV of the sequence that arrived last; alone, it ends with an error."""
         victim = max(self.running, key=lambda seq: seq.seq_id)
         self.running.remove(victim)
-        self._scheduled.pop(victim.seq_id, None)
+        self._budget += self._scheduled.pop(victim.seq_id, 0)
         self._backend.free([victim.seq_id])
         if not self.running:
             self._fail(victim, "ran out of KV memory with nothing left to preempt")
@@ -176,14 +181,14 @@ class Scheduler:
         return victim
 
     def _admit_waiting(self) -> None:
-        while self.waiting and len(self.running) < self._max_num_seqs and self._budget() > 0:
+        while self.waiting and len(self.running) < self._max_num_seqs and self._budget > 0:
             seq = self.waiting[0]
             if self._rows_needed(seq) > self._backend.max_seq_tokens():
                 self._fail(self.waiting.popleft(), "does not fit the KV cache")
                 continue
             if self.running and not self._backend.can_admit(self._rows_to_readmit(seq)):
                 break
-            num_new_tokens = min(seq.num_tokens, self._budget())
+            num_new_tokens = min(seq.num_tokens, self._budget)
             group = SequenceGroupSpec((seq.seq_id,), num_new_tokens)
             if self._backend.try_admit(group) is None:
                 if self.running or self._num_stalls < MAX_STALLS:
@@ -194,7 +199,7 @@ class Scheduler:
             self.waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
-            self._scheduled[seq.seq_id] = num_new_tokens
+            self._schedule_tokens(seq, num_new_tokens)
 
     @staticmethod
     def _rows_needed(seq: Sequence) -> int:

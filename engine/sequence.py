@@ -31,6 +31,9 @@ class Sequence:
         token_ids: prompt and generated tokens.
         num_computed_tokens: leading tokens whose K and V stand in the cache.
         seed: 64-bit key of its random numbers.
+        prompt_token_ids: the prompt's tokens, for outputs to share.
+        num_unstoppable_chars: leading text from before ``min_tokens``, where no stop string counts.
+        num_searched_chars: leading text that was searched for stop strings.
         finish_reason, stop_reason, error: how it ended, see ``CompletionOutput``.
     """
 
@@ -46,8 +49,11 @@ class Sequence:
         "num_prompt_tokens",
         "num_reported_chars",
         "num_reported_tokens",
+        "num_searched_chars",
+        "num_unstoppable_chars",
         "params",
         "prompt",
+        "prompt_token_ids",
         "request_id",
         "seed",
         "seq_id",
@@ -78,6 +84,7 @@ class Sequence:
         self.max_tokens = max_tokens
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self.prompt_token_ids = list(prompt_token_ids)
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
@@ -91,6 +98,8 @@ class Sequence:
         self.detokenizer = detokenizer
         self.num_reported_tokens = 0
         self.num_reported_chars = 0
+        self.num_unstoppable_chars = 0
+        self.num_searched_chars = 0
 
     @property
     def num_tokens(self) -> int:

@@ -26,10 +26,17 @@ def check_stop(seq: Sequence) -> None:
     is_last = num_output_tokens >= seq.max_tokens
     if is_last:
         complete_text(seq)
-    elif seq.detokenizer is not None and _is_watched(seq):
+    elif (
+        seq.detokenizer is not None
+        and _is_watched(seq)
+        and seq.detokenizer.num_tokens < num_output_tokens  # else a check of it was interrupted
+    ):
         seq.detokenizer.append(token_id)
-    if not is_early and params.stop_strings and _cut_at_stop_string(seq):
-        return
+    if params.stop_strings and seq.detokenizer is not None:
+        if is_early:
+            seq.num_unstoppable_chars = seq.num_searched_chars = len(seq.detokenizer.text)
+        elif _cut_at_stop_string(seq):
+            return
     if is_last:
         seq.finish("length")
 
@@ -47,10 +54,11 @@ def visible_chars(seq: Sequence, text: str) -> int:
     params = seq.params
     if not params.stop_strings or params.include_stop_str_in_output:
         return len(text)
+    num_stoppable = len(text) - seq.num_unstoppable_chars
     held = max(
         length
         for stop in params.stop_strings
-        for length in range(len(stop))
+        for length in range(min(len(stop), num_stoppable + 1))
         if length == 0 or text.endswith(stop[:length])
     )
     return len(text) - held
@@ -66,7 +74,13 @@ def _cut_at_stop_string(seq: Sequence) -> bool:
     """End ``seq`` at the first stop string of its text, if there is one."""
     assert seq.detokenizer is not None
     params, text = seq.params, seq.detokenizer.text
-    found = [(at, stop) for stop in params.stop_strings if (at := text.find(stop)) >= 0]
+    found = []
+    for stop in params.stop_strings:
+        start = max(seq.num_searched_chars - len(stop) + 1, seq.num_unstoppable_chars)
+        at = text.find(stop, start)
+        if at >= 0:
+            found.append((at, stop))
+    seq.num_searched_chars = len(text)
     if not found:
         return False
     at, stop = min(found)

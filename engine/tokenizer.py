@@ -36,7 +36,8 @@ class Detokenizer:
     """Text of one sequence, extended as tokens arrive.
 
     A character whose bytes are spread over tokens appears once it is whole; ``finish`` shows what
-    is left of it. However the tokens are cut into calls, the text comes out the same.
+    is left of it. However the tokens are cut into calls, the text comes out the same. A call that
+    raises adds nothing.
     """
 
     __slots__ = (
@@ -65,22 +66,39 @@ class Detokenizer:
 
     def append(self, token_id: int) -> None:
         """Add one token; its text appears as soon as it ends on a whole character."""
-        self._token_ids.append(token_id)
-        self.num_tokens += 1
-        text = self._decode(self._prefix, len(self._token_ids))
-        if len(text) > len(self._shown) and not text.endswith(REPLACEMENT):
-            self._show(text)
+        self._extend([token_id], is_last=False)
 
     def finish(self, token_ids: list[int]) -> None:
         """Add the last tokens in one go, and show bytes that never became a whole character."""
-        self._token_ids.extend(token_ids)
-        self.num_tokens += len(token_ids)
-        self._show(self._decode(self._prefix, len(self._token_ids)))
+        self._extend(token_ids, is_last=True)
 
-    def _show(self, text: str) -> None:
-        self.text += text[len(self._shown) :]
-        self._prefix, self._read = self._read, len(self._token_ids)
-        self._shown = self._decode(self._prefix, self._read)
+    def _extend(self, token_ids: list[int], *, is_last: bool) -> None:
+        num_before = len(self._token_ids)
+        self._token_ids.extend(token_ids)
+        end = len(self._token_ids)
+        try:
+            text = self._decode(self._prefix, end)
+            new = self._new_part(text)
+            is_shown = is_last or (bool(new) and not text.endswith(REPLACEMENT))
+            shown = self._decode(self._read, end) if is_shown else ""
+        except BaseException:
+            del self._token_ids[num_before:]
+            raise
+        self.num_tokens += len(token_ids)
+        if is_shown:
+            self.text += new
+            self._prefix, self._read, self._shown = self._read, end, shown
+
+    def _new_part(self, text: str) -> str:
+        """What ``text``, decoded from ``_prefix`` on, has beyond ``_shown``."""
+        shown = self._shown
+        if not shown.endswith(REPLACEMENT) or text.startswith(shown):
+            return text[len(shown) :]
+        # A character that was cut at the prompt's end is whole now.
+        num_same = 0
+        while num_same < len(text) and text[num_same] == shown[num_same]:
+            num_same += 1
+        return text[num_same:]
 
     def _decode(self, start: int, end: int) -> str:
         if start == end:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.style import Style
 
 from .errors import ConfigError, VmallocError
 
@@ -52,6 +53,7 @@ class Backend(str, Enum):
     PAGED = "paged"
 
 
+_BOLD = Style(bold=True)
 _SAMPLING = "Sampling"
 _MEMORY = "Memory"
 
@@ -96,7 +98,7 @@ def generate(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Same seed, same text, whatever else runs in the batch.",
+            help="Same seed, same text; with --batch-invariant whatever else runs in the batch.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
@@ -195,7 +197,10 @@ def generate(
             }
             sys.stdout.write(json.dumps(result) + "\n")
         else:
-            Console().print(memory_report(stats, max_length_bytes, max_model_len))
+            console = Console()
+            console.print(
+                memory_report(stats, max_length_bytes, max_model_len, width=console.width)
+            )
     errors = [output.error for output in outputs if output.error is not None]
     for error in errors:
         _complain(error)
@@ -225,7 +230,7 @@ class TextPrinter:
 
     def __init__(self, prompts: list[str]) -> None:
         self._prompts = prompts
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console()
         self._pending = [""] * len(prompts)
         self._is_finished = [False] * len(prompts)
         self._current = -1
@@ -237,17 +242,23 @@ class TextPrinter:
         self._pending[idx] += output.outputs[0].text
         self._is_finished[idx] = output.is_finished
         while self._current < len(self._prompts):
-            self._console.print(self._pending[self._current], end="", markup=False)
+            self._write(self._pending[self._current])
             self._pending[self._current] = ""
             if not self._is_finished[self._current]:
                 break
-            self._console.print("\n")
+            self._write("\n\n")
             self._next()
 
     def _next(self) -> None:
         self._current += 1
         if self._current < len(self._prompts):
-            self._console.print(self._prompts[self._current], style="bold", end="", markup=False)
+            prompt = self._prompts[self._current]
+            self._write(_BOLD.render(prompt) if self._console.is_terminal else prompt)
+
+    def _write(self, text: str) -> None:
+        # Past the console, which would expand tabs and drop carriage returns of the model's text.
+        self._console.file.write(text)
+        self._console.file.flush()
 
 
 def _read_prompts(prompts: list[str], prompts_file: Path | None) -> list[str]:
@@ -255,9 +266,11 @@ def _read_prompts(prompts: list[str], prompts_file: Path | None) -> list[str]:
     result = list(prompts)
     if prompts_file is not None:
         try:
-            lines = prompts_file.read_text(encoding="utf-8").splitlines()
+            # Bytes, and cut at newlines alone: form feeds and the like belong to a prompt.
+            text = prompts_file.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"prompts file is {str(prompts_file)!r}: {error}") from error
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
         result += [_read_prompt_line(line) for line in lines if line.strip()]
     if not result:
         raise ConfigError("there is no prompt; give --prompt TEXT or --prompts-file FILE")
@@ -300,7 +313,7 @@ def _prepare_process(model: str = "demo") -> None:
 
 
 def _complain(text: object) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).out(f"error: {text}", highlight=False)
 
 
 def main() -> None:

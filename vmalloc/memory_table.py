@@ -12,6 +12,8 @@ from rich.text import Text
 from .backend import KVCacheStats
 
 _BAR_WIDTH = 36
+_BAR_LABELS_WIDTH = 42
+_TABLE_WIDTH = 72
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -61,13 +63,21 @@ def memory_summary(stats: KVCacheStats, max_length_bytes: int) -> dict[str, floa
     }
 
 
-def memory_report(stats: KVCacheStats, max_length_bytes: int, max_model_len: int) -> Group:
-    """A table of the figures, and bars that compare the peak with a max-length reservation."""
+def memory_report(
+    stats: KVCacheStats, max_length_bytes: int, max_model_len: int, *, width: int = 80
+) -> Group:
+    """A table of the figures, and bars that compare the peak with a max-length reservation.
+
+    On a screen narrower than the table (``width`` columns) its remarks are left out, so that no
+    figure is cut.
+    """
     page = stats.page_bytes
     table = Table(title="KV cache memory", title_justify="left", show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
+    has_remarks = width >= _TABLE_WIDTH
+    if has_remarks:
+        table.add_column(style="dim")
     mapped = stats.critical_pages + stats.background_pages
     share = f"{stats.background_pages / mapped:.0%} of all" if mapped else ""
     rows = [
@@ -95,25 +105,26 @@ def memory_report(stats: KVCacheStats, max_length_bytes: int, max_model_len: int
         ("Stall time", f"{stats.stall_us / 1000:.1f} ms", "engine waited for pages"),
     ]
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row if has_remarks else row[:2]))
     bars = _bars(
         [
             (f"reserving {max_model_len} tokens each", max_length_bytes),
             ("vmalloc, at its peak", stats.peak_committed_bytes),
             ("tokens, at their peak", stats.peak_live_bytes),
-        ]
+        ],
+        bar_width=max(1, min(_BAR_WIDTH, width - _BAR_LABELS_WIDTH)),
     )
     return Group(table, bars)
 
 
-def _bars(values: list[tuple[str, int]]) -> Table:
+def _bars(values: list[tuple[str, int]], bar_width: int) -> Table:
     longest = max((value for _, value in values), default=0) or 1
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for label, value in values:
-        eighths = round(value / longest * _BAR_WIDTH * 8)
+        eighths = round(value / longest * bar_width * 8)
         bar = _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
         table.add_row(label, Text(bar or _EIGHTHS[1], style="cyan"), format_bytes(value))
     return table

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
+import vmalloc.engine.llm_engine as llm_engine
 from vmalloc.engine import (
     LLM,
     ConfigError,
@@ -15,6 +19,8 @@ from vmalloc.engine import (
     RequestOutputKind,
     SamplingParams,
 )
+from vmalloc.engine.model_loader import resolve_model_name
+from vmalloc.engine.tokenizer import Detokenizer, load_tokenizer
 from vmalloc.errors import ClosedError, VmallocError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -356,3 +362,222 @@ def test_logits_that_are_no_numbers_end_the_request_and_not_the_engine(
         assert "not finite" in bad.error
         assert (good.outputs[0].finish_reason, len(good.outputs[0].token_ids)) == ("length", 5)
         assert llm.kv_stats().num_live_seqs == 0
+
+
+class TestAfterAnException:
+    """A step that raised loses nothing, and a request that was refused leaves nothing."""
+
+    PROMPTS = ([1, 2], [3, 4, 5], [6])
+
+    def run_out(self, engine: LLMEngine, finished: dict[str, Any] | None = None) -> dict[str, Any]:
+        finished = {} if finished is None else finished
+        for _ in range(100):
+            if not engine.has_unfinished_requests():
+                return finished
+            for output in engine.step():
+                if output.is_finished:
+                    assert output.request_id not in finished
+                    finished[output.request_id] = output
+        raise AssertionError("the engine never came to an end")
+
+    @pytest.mark.parametrize("at", [None, 0, 1, 4, 8])
+    @pytest.mark.parametrize("where", ["sample", "check_stop"])
+    def test_every_request_ends_as_if_nothing_was_raised(
+        self, where: str, at: int | None, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original, calls = getattr(llm_engine, where), iter(range(1000))
+
+        def sometimes(*args: Any) -> Any:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        answers = []
+        config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=4)
+        for is_interrupted in (False, True):
+            model = copy.deepcopy(tiny_model("llama"))
+            with LLMEngine(model, None, config) as engine, monkeypatch.context() as patch:
+                for idx, prompt in enumerate(self.PROMPTS):
+                    params = SamplingParams(max_tokens=2 + idx * 3, seed=idx, logprobs=1)
+                    engine.add_request(str(idx), list(prompt), params)
+                finished: dict[str, Any] = {}
+                if is_interrupted and at is not None:
+                    patch.setattr(llm_engine, where, sometimes)
+                    with pytest.raises(KeyboardInterrupt):
+                        self.run_out(engine, finished)
+                self.run_out(engine, finished)
+                assert engine.kv_stats().num_live_seqs == 0
+                completions = {name: out.outputs[0] for name, out in finished.items()}
+                answers.append(
+                    {
+                        name: (done.token_ids, done.finish_reason, len(done.logprobs))
+                        for name, done in completions.items()
+                    }
+                )
+        assert len(answers[0]) == len(self.PROMPTS)
+        assert answers[0] == answers[1]
+
+    def test_a_request_that_failed_in_a_step_that_raised_is_reported(
+        self, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: Any) -> None:
+            raise RuntimeError("no forward pass")
+
+        config = EngineConfig(kv_cache_memory_bytes=3 * 2 * PAGE, page_size=PAGE)
+        with LLMEngine(copy.deepcopy(tiny_model("llama")), None, config) as engine:
+            room = engine.backend.max_seq_tokens()
+            engine.add_request("short", [1, 2], SamplingParams(temperature=0.0, max_tokens=2))
+            engine.add_request("long", [1] * (room + 1), GREEDY)
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._runner, "forward", broken)
+                with pytest.raises(RuntimeError):
+                    engine.step()
+            finished = self.run_out(engine)
+            assert finished["long"].outputs[0].finish_reason == "error"
+            assert finished["short"].outputs[0].finish_reason == "length"
+
+    def test_a_checked_request_takes_nothing(self, tiny_model: Any) -> None:
+        model = copy.deepcopy(tiny_model("llama"))
+        drawn = []
+        for is_checked in (False, True):
+            with LLMEngine(model, None, EngineConfig()) as engine:
+                if is_checked:
+                    engine.check_request([1, 2])
+                    for bad in ([], [10**6]):
+                        with pytest.raises(ConfigError):
+                            engine.check_request(bad)
+                        with pytest.raises(ConfigError):
+                            engine.add_request("bad", bad)
+                    assert not engine.has_unfinished_requests()
+                engine.add_request("0", [1, 2], SamplingParams(max_tokens=8))
+                drawn.append(self.run_out(engine)["0"].outputs[0].token_ids)
+        assert drawn[0] == drawn[1]
+
+
+class TestOneModuleOneEngine:
+    def test_a_module_in_use_is_refused_and_goes_on_working(self, tiny_model: Any) -> None:
+        model = copy.deepcopy(tiny_model("llama"))
+        before = model.config._attn_implementation
+        with LLM(model) as first:
+            expected = token_ids(generate(first, [[1, 2, 3]]))
+            with pytest.raises(ConfigError, match="another engine"):
+                LLM(model)
+            assert token_ids(generate(first, [[1, 2, 3]])) == expected
+        assert model.config._attn_implementation == before
+        with LLM(model) as second:
+            assert token_ids(generate(second, [[1, 2, 3]])) == expected
+
+    def test_an_engine_that_is_dropped_gives_the_module_back(self, tiny_model: Any) -> None:
+        model = copy.deepcopy(tiny_model("llama"))
+        before = model.config._attn_implementation
+        llm = LLM(model)
+        assert model.config._attn_implementation == "vmalloc"
+        del llm
+        gc.collect()
+        assert model.config._attn_implementation == before
+
+    def test_a_copy_of_a_module_in_use_ends_with_an_attention_of_its_own(
+        self, tiny_model: Any
+    ) -> None:
+        with LLM(copy.deepcopy(tiny_model("llama"))) as llm:
+            clone = copy.deepcopy(llm.engine._model)
+            with LLM(clone) as other:
+                assert token_ids(generate(other, [[1, 2]])) == token_ids(generate(llm, [[1, 2]]))
+        clone(torch.tensor([[1, 2]]))  # type: ignore[operator]
+
+
+def test_a_character_cut_at_the_prompts_end_is_completed_in_the_output() -> None:
+    tokenizer = load_tokenizer(resolve_model_name("demo"))
+    pieces = tokenizer.encode("a\u20acb")
+    whole = [
+        start for start in range(1, len(pieces)) if "\ufffd" in tokenizer.decode(pieces[:start])
+    ]
+    assert whole  # the euro sign is spread over tokens
+    for cut in whole:
+        streamed = Detokenizer(tokenizer, pieces[:cut])
+        for token_id in pieces[cut:]:
+            streamed.append(token_id)
+        at_once = Detokenizer(tokenizer, pieces[:cut])
+        at_once.finish(pieces[cut:])
+        assert streamed.text == at_once.text == "\u20acb"
+
+
+class TestRopeComesBack:
+    def model(self, rope_type: str) -> Any:
+        rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+        if rope_type == "longrope":
+            rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+            rope |= {"original_max_position_embeddings": 64}
+        config_class = hf.Phi3Config if rope_type == "longrope" else hf.LlamaConfig
+        config = config_class(
+            vocab_size=97,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=128,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            rope_parameters=rope,
+        )
+        torch.manual_seed(0)
+        return hf.AutoModelForCausalLM.from_config(config).eval()
+
+    @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+    @pytest.mark.parametrize("is_refused", [False, True])
+    @pytest.mark.parametrize("is_inference", [False, True])
+    def test_the_frequencies_and_their_updates_are_as_before(
+        self, rope_type: str, is_refused: bool, is_inference: bool
+    ) -> None:
+        model = self.model(rope_type)
+        long = torch.arange(150).unsqueeze(0) % 97
+        with torch.inference_mode(is_inference):
+            expected = model(long, use_cache=False).logits
+        rotary = model.model.rotary_emb
+        frequencies = rotary.inv_freq.clone()
+        if is_refused:
+            with pytest.raises(ConfigError):
+                LLM(model, kv_cache_memory_bytes=1)
+        else:
+            with LLM(model, max_model_len=64) as llm:
+                assert rotary.rope_type != rope_type
+                generate(llm, [[1, 2, 3]])
+        assert rotary.rope_type == rope_type
+        assert torch.equal(rotary.inv_freq, frequencies)
+        with torch.inference_mode(is_inference):
+            assert torch.equal(model(long, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("includes_stop", [False, True])
+def test_streamed_text_is_the_final_text_whatever_the_stops(includes_stop: bool) -> None:
+    with LLM("demo") as llm:
+        settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
+        whole = llm.generate("def ", SamplingParams(**settings), use_tqdm=False)[0].outputs[0].text
+        stops = [whole[start : start + size] for start in range(0, 20, 3) for size in (1, 2, 5, 9)]
+        params = [
+            SamplingParams(
+                **settings,
+                stop=[stop, "never seen"],
+                min_tokens=min_tokens,
+                include_stop_str_in_output=includes_stop,
+            )
+            for stop in stops
+            for min_tokens in (0, 5, 24)
+        ]
+        streamed = [""] * len(params)
+
+        def note(output: Any) -> None:
+            streamed[int(output.request_id)] += output.outputs[0].text
+
+        prompts = ["def "] * len(params)
+        final = llm.generate(prompts, params, use_tqdm=False)
+        output = llm.generate(prompts, params, use_tqdm=False, on_token=note)
+        texts = [out.outputs[0].text for out in final]
+        assert streamed == [out.outputs[0].text for out in output] == texts
+        for text, asked in zip(texts, params, strict=True):
+            if asked.min_tokens == 0:
+                (stop, _) = asked.stop_strings
+                end = whole.index(stop) + (len(stop) if includes_stop else 0)
+                assert text == whole[:end]
