@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backend import KVBackend, KVBatchView
 from ..errors import VmallocError
+from ..kernels.cpu import use_num_threads
 from .kv_attention import PackedAttention, attention_through
 from .sequence import Sequence
 
@@ -40,6 +41,8 @@ class ModelRunner:
         self._model: Any = model
         self._backend = backend
         self._batch_invariant = batch_invariant
+        # One knob for the CPU: torch's, which OMP_NUM_THREADS and torch.set_num_threads turn.
+        use_num_threads(torch.get_num_threads())
         num_layers = len(backend.config.layers)
         self._layer_caches = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
         self._has_logits_to_keep = (

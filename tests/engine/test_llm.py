@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import subprocess
 import sys
@@ -294,3 +295,16 @@ def test_the_engine_sees_only_the_librarys_public_modules() -> None:
                 assert not (node.module or "").startswith("vmalloc"), path.name
             elif isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("vmalloc") for alias in node.names)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_attention_uses_as_many_threads_as_torch(tiny_model: Any, count: int) -> None:
+    from vmalloc import _core
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with LLM(copy.deepcopy(tiny_model("llama"))):
+            assert _core.num_threads() == count
+    finally:
+        torch.set_num_threads(before)

@@ -23,6 +23,16 @@ MAX_HEAD_DIM: Final = 256
 # Rows past a sequence's end that the kernel may read: none, whatever they hold.
 LOOKAHEAD_ROWS: Final = 0
 
+
+def use_num_threads(count: int) -> None:
+    """Let attention and copies use ``count`` threads, the caller included, in this process.
+
+    Raises ``ConfigError`` unless ``1 <= count <= 1024``.
+    """
+    if _core.num_threads() != count:  # setting it anew would restart the threads
+        _core.set_num_threads(count)
+
+
 _DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _ELEMENT_BYTES: Final = {torch.float32: 4, torch.bfloat16: 2}
 
