@@ -147,7 +147,6 @@ class KVArena {
   void undo(std::vector<Growth>& plan) noexcept;
   [[nodiscard]] bool try_growths(std::vector<Growth>& growths, std::size_t num_pages);
   std::size_t publish(const std::vector<Growth>& plan);
-  std::size_t publish_and_update(const std::vector<Growth>& growths);
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 
   // Shrinking.

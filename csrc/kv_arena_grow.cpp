@@ -93,7 +93,8 @@ void KVArena::undo(std::vector<Growth>& plan) noexcept {
   }
 }
 
-/// Enter the growths that are mapped into the books; the number of pages.
+/// Enter what is mapped into the books: all of a growth that worked, and of one that was undone
+/// only what the driver would not unmap. The number of pages.
 std::size_t KVArena::publish(const std::vector<Growth>& plan) {
   std::size_t num_pages = 0;
   for (const Growth& growth : plan) {
@@ -106,6 +107,8 @@ std::size_t KVArena::publish(const std::vector<Growth>& plan) {
     retiring_.erase({growth.slot, growth.region});
     mapped.pages.insert(mapped.pages.end(), growth.pages.begin(), growth.pages.end());
     num_pages += growth.num_pages;
+    update_limits(slots_[growth.slot]);
+    update_idle(growth.slot);
   }
   return num_pages;
 }
@@ -171,23 +174,11 @@ bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
   try {
     is_mapped = acquire_and_map(growths);
   } catch (...) {
-    publish_and_update(growths);
+    publish(growths);
     throw;
   }
-  publish_and_update(growths);
+  publish(growths);
   return is_mapped;
-}
-
-/// Publish what is mapped: all of a growth that worked, and of one that was undone only what the
-/// driver would not unmap.
-std::size_t KVArena::publish_and_update(const std::vector<Growth>& growths) {
-  const std::size_t num_pages = publish(growths);
-  for (const Growth& growth : growths) {
-    if (!growth.is_mapped) continue;
-    update_limits(slots_[growth.slot]);
-    update_idle(growth.slot);
-  }
-  return num_pages;
 }
 
 bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows,
@@ -267,7 +258,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   const std::size_t num_pages = plan(slot, target, &growths);
   if (num_pages == 0) return;
   recycle_parked(num_pages);
-  // Never below the watermark, and never at the cost of another slot: commit-ahead is a luxury.
+  // Never below the watermark, and never at a live slot's cost: commit-ahead is a luxury.
   if (pool_.available() < num_pages + config_.low_pages) return;
   entry.in_flight = true;
   lock.unlock();
@@ -279,7 +270,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   }
   lock.lock();
   entry.in_flight = false;
-  totals_.background_pages += publish_and_update(growths);
+  totals_.background_pages += publish(growths);
   lock.unlock();
   landed_.notify_all();
   if (failure) std::rethrow_exception(failure);

@@ -124,7 +124,7 @@ std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
 }
 
 /// Make free pages out of parked ones, so that growth need not create any: moving a page is cheaper
-/// than making one, and physical memory stays at what was needed at once. Leaves the slot that a
+/// than making one, and memory follows what is needed at once. Leaves the slot that a
 /// coming sequence is promised, and pages that a kernel may still read.
 void KVArena::recycle_parked(std::size_t num_pages) {
   const std::size_t num_free = pool_.stats().num_free;

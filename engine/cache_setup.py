@@ -12,7 +12,7 @@ import torch
 
 from .. import create_kv_backend
 from ..backend import KVBackend
-from ..config import KVCacheConfig, LayerKVSpec
+from ..config import DEFAULT_PAGE_BYTES, KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError
 from .config import EngineConfig
 from .host_memory import available_bytes
@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_SHARE = 0.25
 """Share of the available memory that the KV cache may take when no cap is given."""
-
-HOST_PAGE_BYTES = 64 * 1024
-"""Page assumed when the default cap is rounded up."""
 
 
 def resolve_max_model_len(model: torch.nn.Module, config: EngineConfig) -> int:
@@ -43,8 +40,8 @@ def resolve_config(
     config: EngineConfig, layers: tuple[LayerKVSpec, ...], max_model_len: int
 ) -> EngineConfig:
     """``config`` with every None that the engine decides filled in."""
-    token_bytes = sum(layer.k_bytes + layer.v_bytes for layer in layers)
-    page_bytes = config.page_size or HOST_PAGE_BYTES
+    token_bytes = sum(layer.token_bytes for layer in layers)
+    page_bytes = config.page_size or DEFAULT_PAGE_BYTES
     num_groups = -(-len(layers) // (config.layers_per_group or len(layers)))
     # Full length for everyone, each with a partly used page in every group.
     most = config.max_num_seqs * (max_model_len * token_bytes + 2 * num_groups * page_bytes)

@@ -131,8 +131,10 @@ class LLM:
             raise VmallocError("generate() was called within its own on_token callback")
         prompt_list = _as_prompts(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
-        for prompt, params in zip(prompt_list, params_list, strict=True):
+        prompt_list = [
             self.engine.check_request(prompt, params)
+            for prompt, params in zip(prompt_list, params_list, strict=True)
+        ]
         kind = RequestOutputKind.FINAL_ONLY if on_token is None else RequestOutputKind.DELTA
         first = self._num_requests
         self._num_requests += len(prompt_list)

@@ -121,10 +121,14 @@ class LLMEngine:
         self,
         prompt: str | dict[str, Any] | SequenceABC[int],
         params: SamplingParams | None = None,
-    ) -> None:
-        """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing."""
+    ) -> dict[str, Any]:
+        """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing.
+
+        Returns the prompt as ``add_request`` takes it without tokenising it again.
+        """
         self._check_open()
-        self._read_request(prompt, params)
+        text, token_ids, _ = self._read_request(prompt, params)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def add_request(
         self,

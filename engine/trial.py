@@ -6,7 +6,6 @@ Owns: nothing.  Thread-safety: stateless; the model must not be in use.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -38,15 +37,14 @@ def run_trial(
     The first step computes ``first_chunks[i]`` tokens of each prompt (None: all), the second the
     rest. Raises ``VmallocError`` if the cache has no room.
     """
+    row_bytes = sum(map(len, prompts)) * sum(layer.token_bytes for layer in layers)
     config = KVCacheConfig(
         layers=layers,
         max_num_seqs=len(prompts),
         max_seq_len=max(map(len, prompts)),
-        capacity_bytes=1,
+        capacity_bytes=TRIAL_BYTES + 2 * row_bytes,
         commit_ahead_tokens=0,
     )
-    num_tokens = sum(map(len, prompts))
-    config = replace(config, capacity_bytes=TRIAL_BYTES + 2 * num_tokens * config.token_bytes)
     with create_backend(config) as backend:
         runner = ModelRunner(model, backend, batch_invariant=batch_invariant)
         return _run(runner, backend, prompts, first_chunks or list(map(len, prompts)))

@@ -14,6 +14,10 @@ from .errors import ConfigError
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Element types a cache may hold, and their size in bytes."""
 
+DEFAULT_PAGE_BYTES = 64 * 1024
+"""Page size of the host and null drivers: mapping costs about the same for any size, and at 64 KiB
+a page holds few enough tokens that partly filled ones waste little."""
+
 DriverName = Literal["auto", "host", "null"]
 
 
@@ -54,6 +58,11 @@ class LayerKVSpec:
     def v_bytes(self) -> int:
         """Bytes of one token's values."""
         return self.num_kv_heads * self.v_head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.k_bytes + self.v_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +146,7 @@ class KVCacheConfig:
     @property
     def token_bytes(self) -> int:
         """Bytes that one token stores over all layers."""
-        return sum(layer.k_bytes + layer.v_bytes for layer in self.layers)
+        return sum(layer.token_bytes for layer in self.layers)
 
 
 def _check(name: str, value: int, is_valid: Callable[[int], bool], rule: str) -> None:

@@ -14,9 +14,9 @@ import torch
 from rich.table import Table
 
 from . import __version__, _core
+from .config import DEFAULT_PAGE_BYTES
 from .factory import choose_backend
 from .kernels import cpu
-from .kv_cache import DEFAULT_PAGE_BYTES
 from .memory_table import format_bytes
 
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")

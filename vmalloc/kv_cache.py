@@ -17,13 +17,9 @@ from torch.utils.dlpack import from_dlpack
 
 from . import _core
 from .backend import KVBatchView, KVCacheStats, Reservation, SequenceGroupSpec, Step
-from .config import DTYPE_BYTES, KVCacheConfig, LayerKVSpec
+from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
 from .errors import ConfigError
 from .layout import KVLayout, plan_layout
-
-DEFAULT_PAGE_BYTES = 64 * 1024
-"""Page size of the host and null drivers: mapping costs about the same for any size, and at 64 KiB
-a page holds few enough tokens that partly filled ones waste little."""
 
 
 class VirtualKVCache:

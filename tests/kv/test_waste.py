@@ -55,7 +55,8 @@ def test_sharegpt_like_lengths_leave_at_most_four_percent_unused():
             live = after.live_byte_steps - before.live_byte_steps
             committed = after.committed_byte_steps - before.committed_byte_steps
             assert live / committed >= 0.96
-            # The pages counted apart are bounded too: they are what reclaim may take at any time.
-            assert after.in_use_pages * after.page_bytes <= config.capacity_bytes
         cache.check_invariants()
         assert cache.stats().adopted_pages > 0
+        # The cap was never near, so these are parked pages that growth took before creating any.
+        assert cache.stats().created_pages * cache.stats().page_bytes < config.capacity_bytes
+        assert cache.stats().reclaimed_pages > 0
