@@ -5,7 +5,7 @@ Owns: nothing.  Thread-safety: a backend belongs to one engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -23,10 +23,37 @@ class SequenceGroupSpec:
     Attributes:
         seq_ids: names the engine gives them; unique among live sequences.
         num_tokens: rows backed at once for each of them.
+        final_tokens: length that each is expected to end with, for commit policies that reserve
+            ahead of need. None: unknown.
+        cache_salt: only sequences of equal salt share cached prefixes. None: this one neither
+            leaves its prefix to others nor is it looked up.
     """
 
     seq_ids: tuple[int, ...]
     num_tokens: int
+    final_tokens: int | None = None
+    cache_salt: str | None = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """The longest cached prefix of some tokens, as ``KVBackend.match_prefix`` found it.
+
+    A hit reserves nothing: if the cache changed since, ``try_admit`` looks again.
+
+    Attributes:
+        num_tokens: leading tokens whose K and V are cached.
+        token_ids: the tokens that were looked up.
+        salt: under which salt.
+        miss_reason: why the rest was not found, ``""`` if everything was; see ``MISS_REASONS``.
+        path: the cache's own note of where the prefix is.
+    """
+
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    salt: str
+    miss_reason: str = ""
+    path: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +84,11 @@ class KVBatchView:
     """Where a packed batch reads and writes; int32 tensors in flash-attn's words.
 
     New rows of sequence ``i`` are rows ``[seqused_k[i] - q_len[i], seqused_k[i])`` of its slot,
-    with ``q_len[i] = cu_seqlens_q[i + 1] - cu_seqlens_q[i]``.
+    with ``q_len[i] = cu_seqlens_q[i + 1] - cu_seqlens_q[i]``. With a block table, row ``j`` of
+    sequence ``i`` is row ``j % block_size`` of block ``block_table[i, j // block_size]``.
 
     Attributes:
-        cache_batch_idx: ``[batch]`` slot of each sequence.
+        cache_batch_idx: ``[batch]`` slot of each sequence; zeros where there is a block table.
         cu_seqlens_q: ``[batch + 1]`` prefix sums of the new tokens.
         seqused_k: ``[batch]`` tokens in the cache once the new ones are written.
         max_seqlen_q, max_seqlen_k: largest values of the above.
@@ -80,7 +108,8 @@ class KVCacheStats:
     """What the memory is doing. Byte counts are physical memory unless they say otherwise.
 
     ``created_pages == free_pages + in_use_pages + retired_pages``, and
-    ``in_use_pages * page_bytes == committed_bytes + ahead_bytes + parked_bytes``.
+    ``in_use_pages * page_bytes == committed_bytes + ahead_bytes + parked_bytes + cached_bytes``.
+    In the paged backend a page is a block.
 
     Attributes:
         reserved_bytes: address space reserved (costs no memory).
@@ -89,10 +118,14 @@ class KVCacheStats:
         created_pages: pages that the driver holds now.
         free_pages, in_use_pages, retired_pages: of those, by state; a retired page waits for the
             step that may still read it.
-        live_bytes: K and V of tokens that exist.
-        committed_bytes: pages that hold live rows.
+        live_bytes: K and V of tokens that exist; what sequences share counts once.
+        logical_bytes: the same with what they share counted for each of them.
+        committed_bytes: pages that hold live rows, or are held for swapped or pinned ones.
         ahead_bytes: pages mapped past the ends of live sequences, before they are needed.
         parked_bytes: pages still mapped in free slots, warm for the next sequence.
+        cached_bytes: pages that only the prefix index refers to.
+        shared_bytes: memory that sharing saves now: each further reference to a page.
+        swapped_bytes: host memory that swapped-out sequences take.
         peak_committed_bytes, peak_live_bytes: highest values so far.
         num_live_seqs, peak_live_seqs: sequences with a slot.
         map_calls, unmap_calls: driver calls so far.
@@ -100,6 +133,9 @@ class KVCacheStats:
         background_pages: pages mapped by the worker while the engine computed.
         adopted_pages: parked pages that a new sequence took over, mapped already.
         reclaimed_pages: ahead and parked pages taken back for another sequence.
+        aliased_pages: references to pages that another sequence or the prefix index had already.
+        cow_copies: pages copied, whole or in part, so that a sequence could write to its own.
+        swap_out_pages, swap_in_pages: pages copied to host memory and back.
         stall_us: microseconds the engine waited for pages.
         num_steps: steps ended so far.
         live_byte_steps, committed_byte_steps: the byte counts summed over the ends of steps, for
@@ -115,9 +151,13 @@ class KVCacheStats:
     in_use_pages: int
     retired_pages: int
     live_bytes: int
+    logical_bytes: int
     committed_bytes: int
     ahead_bytes: int
     parked_bytes: int
+    cached_bytes: int
+    shared_bytes: int
+    swapped_bytes: int
     peak_committed_bytes: int
     peak_live_bytes: int
     num_live_seqs: int
@@ -128,6 +168,10 @@ class KVCacheStats:
     background_pages: int
     adopted_pages: int
     reclaimed_pages: int
+    aliased_pages: int
+    cow_copies: int
+    swap_out_pages: int
+    swap_in_pages: int
     stall_us: float
     num_steps: int
     live_byte_steps: float
@@ -140,6 +184,32 @@ class KVCacheStats:
         if self.committed_byte_steps == 0:
             return 1.0
         return self.live_byte_steps / self.committed_byte_steps
+
+
+MISS_REASONS = ("never_seen", "shorter_than_page", "evicted", "other_salt")
+"""Why a prefix was not found, or ended where it did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixCacheStats:
+    """What the prefix index did so far. Counts are of admitted sequences that were looked up.
+
+    Attributes:
+        num_lookups: sequences looked up.
+        queried_tokens: their tokens; hit_tokens: those of them that were cached.
+        misses: lookups that did not find everything, by reason (``MISS_REASONS``).
+        cached_pages: pages that the index refers to, in use or not.
+        pinned_pages: of those, pinned ones.
+        evicted_pages: pages dropped for lack of memory.
+    """
+
+    num_lookups: int
+    queried_tokens: int
+    hit_tokens: int
+    misses: Mapping[str, int]
+    cached_pages: int
+    pinned_pages: int
+    evicted_pages: int
 
 
 class KVBackend(Protocol):
@@ -165,7 +235,7 @@ class KVBackend(Protocol):
         """Physical memory that one sequence of ``num_tokens`` takes, in whole pages."""
         ...
 
-    def can_admit(self, num_tokens: int) -> bool:
+    def can_admit(self, num_tokens: int, num_seqs: int = 1) -> bool:
         """Whether ``try_admit`` would likely succeed now. Advice, never a promise."""
         ...
 
@@ -173,14 +243,26 @@ class KVBackend(Protocol):
         """Hint that a sequence of ``num_tokens`` comes soon; the worker may warm a slot for it."""
         ...
 
-    def try_admit(self, group: SequenceGroupSpec) -> Reservation | None:
-        """Give each sequence a slot with ``group.num_tokens`` backed rows, or do nothing."""
+    def match_prefix(self, token_ids: Sequence[int], salt: str = "") -> PrefixHit:
+        """Longest cached prefix of ``token_ids``. Changes nothing and counts nothing."""
+        ...
+
+    def try_admit(
+        self, group: SequenceGroupSpec, hit: PrefixHit | None = None
+    ) -> Reservation | None:
+        """Give each sequence a slot with ``group.num_tokens`` backed rows, or do nothing.
+
+        With a ``hit`` the leading ``Reservation.num_cached_tokens`` rows hold their K and V
+        already: whole pages are shared, the partly used one is copied. It may be fewer than
+        ``hit.num_tokens``, and always leaves out at least the last of ``group.num_tokens``.
+        """
         ...
 
     def try_extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
         """Back rows ``[0, num_tokens[i])`` of every sequence, or change nothing.
 
-        ``num_tokens`` are new totals, never below the current ones.
+        ``num_tokens`` are new totals, never below the current ones. The new rows may be written:
+        what they shared with another sequence is copied.
         """
         ...
 
@@ -188,9 +270,63 @@ class KVBackend(Protocol):
         """Drop rows from ``num_tokens`` on; pages that become empty leave after this step."""
         ...
 
-    def free(self, seq_ids: Sequence[int]) -> None:
-        """End sequences. Their pages stay warm in the slot, or return to the pool."""
+    def try_fork(
+        self, parent_id: int, child_ids: Sequence[int], num_tokens: int | None = None
+    ) -> bool:
+        """Make sequences that start with the first ``num_tokens`` rows of the parent, or none.
+
+        ``None``: all of them. Full pages are shared; what a child writes is its own.
+        """
         ...
+
+    def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
+        """Let every sequence ``i`` go on from what ``seq_ids[parent_idx[i]]`` holds now, or none.
+
+        All of ``seq_ids`` have equal lengths (beams of one request).
+        """
+        ...
+
+    def register_tokens(self, seq_id: int, token_ids: Sequence[int], num_tokens: int) -> None:
+        """Say that rows ``[0, num_tokens)`` hold the K and V of ``token_ids[:num_tokens]``.
+
+        Others may share them from then on, unless the sequence has no salt. ``token_ids`` is kept
+        until the next call for ``seq_id`` and may grow, but not change, meanwhile.
+        """
+        ...
+
+    def free(self, seq_ids: Sequence[int], keep_prefix: bool = True) -> None:
+        """End sequences, swapped-out ones too. Their pages stay warm, or return to the pool.
+
+        ``keep_prefix``: leave the last, partly used page of what was registered to the prefix
+        index too; its full pages are there already.
+        """
+        ...
+
+    def try_swap_out(self, seq_ids: Sequence[int]) -> bool:
+        """Move a group's K and V to host memory, every page once; False if there is no space.
+
+        Pages that sequences outside the group share stay where they are. A swapped-out sequence
+        can only be freed or swapped in, together with its group.
+        """
+        ...
+
+    def try_swap_in(self, seq_ids: Sequence[int]) -> bool:
+        """Bring a group back as it was, what it shared included, or change nothing."""
+        ...
+
+    def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
+        """Keep the cached prefix of ``token_ids`` until it is unpinned; the tokens pinned."""
+        ...
+
+    def unpin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
+        """Undo one ``pin_prefix`` of the same tokens; the tokens unpinned."""
+        ...
+
+    def flush_prefixes(self) -> int:
+        """Forget every cached prefix that is not pinned nor in use; the pages set free."""
+        ...
+
+    def prefix_stats(self) -> PrefixCacheStats: ...
 
     def begin_step(self, stream: int | None = None) -> Step:
         """Open a step; ``stream`` is the engine's stream handle on devices that have one."""
@@ -201,7 +337,10 @@ class KVBackend(Protocol):
         ...
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer, ``[num_slots, rows, num_kv_heads, head_dim]``, strided views."""
+        """K and V of one layer, ``[num_slots, rows, num_kv_heads, head_dim]``, strided views.
+
+        With a block table: ``[num_blocks, block_size, num_kv_heads, head_dim]``.
+        """
         ...
 
     def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
@@ -216,6 +355,19 @@ class KVBackend(Protocol):
 
     def resize(self, capacity_bytes: int) -> None:
         """Move the cap; below what is in use, it takes effect as pages are freed."""
+        ...
+
+    def try_sleep(self) -> bool:
+        """Give all physical memory back, the live sequences' to host memory; addresses stay.
+
+        Cached prefixes that are not in use are lost. Until ``try_wake`` every call but ``stats``,
+        ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
+        swap space does not hold the live sequences.
+        """
+        ...
+
+    def try_wake(self) -> bool:
+        """Undo ``try_sleep``; False if there is no memory for it now."""
         ...
 
     def check_invariants(self) -> None:

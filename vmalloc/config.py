@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import ConfigError
 
@@ -19,6 +19,12 @@ DEFAULT_PAGE_BYTES = 64 * 1024
 a page holds few enough tokens that partly filled ones waste little."""
 
 DriverName = Literal["auto", "host", "null"]
+
+CommitPolicy = Literal["on_demand", "max_length", "power_of_two", "oracle"]
+"""How much is backed when a sequence is admitted. ``on_demand`` backs its rows and grows; the
+others reserve at once, as the systems do that the PagedAttention paper (SOSP 2023) compares with:
+``max_length`` the longest sequence (FasterTransformer, Orca Max), ``power_of_two`` the prompt and
+the output rounded up to a power of two (Orca Pow2), ``oracle`` just what it will need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +96,13 @@ class KVCacheConfig:
         low_watermark: share of the cap below which no new sequence is admitted while others run.
         high_watermark: share of the cap; free pages above it go back to the system.
         zero_on_reuse: clear a page before it passes from one sequence to another.
+        block_size: tokens of one block of the paged backend.
+        prefix_caching: keep registered prefixes of ended sequences for later ones.
+        swap_bytes: host memory that swapped-out sequences may take; 0 turns swapping off.
+        commit_policy: how much is backed at admission.
+        protect_shared: map shared pages read-only on the host driver, so that a write that should
+            have copied first ends the process with SIGSEGV instead of corrupting a neighbour. For
+            debugging: it splits kernel mappings.
     """
 
     layers: tuple[LayerKVSpec, ...]
@@ -106,6 +119,11 @@ class KVCacheConfig:
     low_watermark: float = 0.01
     high_watermark: float = 1.0
     zero_on_reuse: bool = False
+    block_size: int = 16
+    prefix_caching: bool = True
+    swap_bytes: int = 0
+    commit_policy: CommitPolicy = "on_demand"
+    protect_shared: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -115,6 +133,13 @@ class KVCacheConfig:
         _check("capacity_bytes", self.capacity_bytes, lambda n: n >= 1, "at least 1")
         _check("commit_ahead_tokens", self.commit_ahead_tokens, lambda n: n >= 0, "0 or more")
         _check("lookahead_tokens", self.lookahead_tokens, lambda n: n >= 0, "0 or more")
+        _check("block_size", self.block_size, lambda n: n >= 1, "at least 1")
+        _check("swap_bytes", self.swap_bytes, lambda n: n >= 0, "0 or more")
+        if self.commit_policy not in get_args(CommitPolicy):
+            raise ConfigError(
+                f"commit_policy is {self.commit_policy!r}; supported: "
+                f"{', '.join(get_args(CommitPolicy))}"
+            )
         if self.driver not in ("auto", "host", "null"):
             raise ConfigError(f"driver is {self.driver!r}; supported: auto, host, null")
         if self.page_bytes is not None:
