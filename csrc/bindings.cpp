@@ -133,7 +133,11 @@ py::dict stats_dict(KVArena& arena) {
   result["destroy_calls"] = stats.driver.destroy_calls;
   result["reserved_bytes"] = stats.reserved_bytes;
   result["page_bytes"] = stats.page_bytes;
+  result["cached_pages"] = stats.pool.num_cached;
+  result["shared_refs"] = stats.pool.num_extra;
   result["live_bytes"] = stats.live_bytes;
+  result["logical_bytes"] = stats.logical_bytes;
+  result["swapped_bytes"] = stats.swapped_bytes;
   result["committed_pages"] = stats.committed_pages;
   result["ahead_pages"] = stats.ahead_pages;
   result["parked_pages"] = stats.parked_pages;
@@ -145,6 +149,10 @@ py::dict stats_dict(KVArena& arena) {
   result["background_pages"] = stats.background_pages;
   result["adopted_pages"] = stats.adopted_pages;
   result["reclaimed_pages"] = stats.reclaimed_pages;
+  result["aliased_pages"] = stats.aliased_pages;
+  result["cow_copies"] = stats.cow_copies;
+  result["swap_out_pages"] = stats.swap_out_pages;
+  result["swap_in_pages"] = stats.swap_in_pages;
   result["stall_us"] = stats.stall_us;
   result["num_steps"] = stats.num_steps;
   result["live_byte_steps"] = stats.live_byte_steps;
@@ -187,7 +195,35 @@ void bind_drivers(py::module_& m) {
           py::arg("address"), py::arg("pages"), py::kw_only(), py::arg("is_writable") = true,
           NoGil())
       .def("unmap", &Driver::unmap, py::arg("address"), py::arg("num_pages"), NoGil())
+      .def(
+          "protect",
+          [](Driver& driver, Address address, std::size_t num_pages, bool is_writable) {
+            driver.protect(address, num_pages,
+                           is_writable ? Access::kReadWrite : Access::kReadOnly);
+          },
+          py::arg("address"), py::arg("num_pages"), py::kw_only(), py::arg("is_writable"), NoGil())
       .def("zero", &Driver::zero, py::arg("address"), py::arg("num_bytes"), NoGil())
+      .def("copy_page", &Driver::copy_page, py::arg("to"), py::arg("page"), py::arg("num_bytes"),
+           NoGil())
+      .def(
+          "read_page",
+          [](Driver& driver, PageHandle page) {
+            std::string bytes(driver.page_bytes(), '\0');
+            driver.read_page(page, bytes.data());
+            return py::bytes(bytes);
+          },
+          py::arg("page"))
+      .def(
+          "write_page",
+          [](Driver& driver, PageHandle page, const py::bytes& bytes) {
+            const std::string_view view = bytes;
+            if (view.size() != driver.page_bytes()) {
+              throw ConfigError(with_limit("bytes to write", view.size(),
+                                           "a page, " + std::to_string(driver.page_bytes())));
+            }
+            driver.write_page(page, view.data());
+          },
+          py::arg("page"), py::arg("content"))
       .def("record_fence", &Driver::record_fence, py::arg("stream") = 0, NoGil())
       .def("fence_passed", &Driver::fence_passed, py::arg("fence"), NoGil());
   m.def("make_host_driver", &make_host_driver, py::arg("page_bytes"));
@@ -226,17 +262,22 @@ void bind_pool(py::module_& m) {
       .def("retire", &PagePool::retire, py::arg("page"), NoGil())
       .def("restore", &PagePool::restore, py::arg("page"), NoGil())
       .def("settle", &PagePool::settle, py::arg("page"), NoGil())
+      .def("try_share", &PagePool::try_share, py::arg("page"), NoGil())
+      .def("try_cache", &PagePool::try_cache, py::arg("page"), NoGil())
+      .def("uncache", &PagePool::uncache, py::arg("page"), NoGil())
       .def("available", &PagePool::available, NoGil())
       .def("trim", &PagePool::trim, py::arg("keep_free"), NoGil())
       .def("set_max_pages", &PagePool::set_max_pages, py::arg("max_pages"), NoGil())
-      .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("retired"),
-           NoGil())
+      .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("cached"),
+           py::arg("retired"), NoGil())
       .def("stats", [](const PagePool& pool) {
         const PoolStats stats = pool.stats();
         py::dict result;
         result["created_pages"] = stats.num_created;
         result["free_pages"] = stats.num_free;
         result["in_use_pages"] = stats.num_in_use;
+        result["cached_pages"] = stats.num_cached;
+        result["shared_refs"] = stats.num_extra;
         result["retired_pages"] = stats.num_retired;
         result["max_pages"] = stats.max_pages;
         return result;
@@ -252,12 +293,21 @@ void bind_arena(py::module_& m) {
            py::kw_only(), py::arg("num_kv_heads"), py::arg("k_head_dim"), py::arg("v_head_dim"),
            py::arg("element_bytes"));
 
+  py::class_<Prefix>(m, "Prefix")
+      .def(py::init([](std::size_t num_rows, std::vector<std::vector<PageId>> pages,
+                       const std::vector<std::optional<PageId>>& tails) {
+             Prefix prefix{num_rows, std::move(pages), {}};
+             for (const auto& tail : tails) prefix.tails.push_back(tail.value_or(kNoPage));
+             return prefix;
+           }),
+           py::kw_only(), py::arg("num_rows"), py::arg("pages"), py::arg("tails"));
+
   py::class_<KVArena>(m, "KVArena")
       .def(py::init([](std::shared_ptr<Driver> driver, std::vector<LayerKVSpec> layers,
                        std::size_t layers_per_group, bool kv_split, std::size_t num_slots,
                        std::size_t max_rows, std::size_t max_pages, std::size_t low_pages,
                        std::size_t high_pages, std::size_t ahead_rows, std::size_t lookahead_rows,
-                       bool zero_on_reuse) {
+                       bool zero_on_reuse, std::size_t swap_bytes, bool protect_shared) {
              ArenaConfig config{};
              config.layers = std::move(layers);
              config.layers_per_group = layers_per_group;
@@ -270,15 +320,32 @@ void bind_arena(py::module_& m) {
              config.ahead_rows = ahead_rows;
              config.lookahead_rows = lookahead_rows;
              config.zero_on_reuse = zero_on_reuse;
+             config.swap_bytes = swap_bytes;
+             config.protect_shared = protect_shared;
              return std::make_unique<KVArena>(std::move(driver), config);
            }),
            py::arg("driver").none(false), py::kw_only(), py::arg("layers"),
            py::arg("layers_per_group"), py::arg("kv_split") = false, py::arg("num_slots"),
            py::arg("max_rows"), py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, py::arg("ahead_rows") = 0,
-           py::arg("lookahead_rows") = 0, py::arg("zero_on_reuse") = false)
-      .def("try_admit", &KVArena::try_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
-      .def("can_admit", &KVArena::can_admit, py::arg("num_rows"), NoGil())
+           py::arg("lookahead_rows") = 0, py::arg("zero_on_reuse") = false,
+           py::arg("swap_bytes") = 0, py::arg("protect_shared") = false)
+      .def("try_admit", &KVArena::try_admit, py::arg("num_slots"), py::arg("num_rows"),
+           py::arg("reserved_rows") = 0, py::arg("prefix") = nullptr, NoGil())
+      .def("can_admit", &KVArena::can_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
+      .def("try_fork", &KVArena::try_fork, py::arg("parent"), py::arg("num_children"),
+           py::arg("num_rows"), NoGil())
+      .def("prepare_write", &KVArena::prepare_write, py::arg("slot"), NoGil())
+      .def("page_ids", &KVArena::page_ids, py::arg("slot"), py::arg("regions"),
+           py::arg("page_idxs"), NoGil())
+      .def("cache_pages", &KVArena::cache_pages, py::arg("slot"), py::arg("regions"),
+           py::arg("page_idxs"), NoGil())
+      .def("uncache_pages", &KVArena::uncache_pages, py::arg("pages"), NoGil())
+      .def("try_swap_out", &KVArena::try_swap_out, py::arg("slots"), NoGil())
+      .def("try_swap_in", &KVArena::try_swap_in, py::arg("group"), NoGil())
+      .def("drop_swapped", &KVArena::drop_swapped, py::arg("group"), NoGil())
+      .def("last_shortage", &KVArena::last_shortage, NoGil())
+      .def("available_pages", &KVArena::available_pages, NoGil())
       .def("try_extend", &extend, py::arg("slots"), py::arg("num_rows"))
       .def("truncate", &KVArena::truncate, py::arg("slot"), py::arg("num_rows"), NoGil())
       .def("free", &free_slots, py::arg("slots"))
@@ -291,7 +358,8 @@ void bind_arena(py::module_& m) {
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())
       .def("max_slot_rows", &KVArena::max_slot_rows, NoGil())
       .def("wait_worker", &KVArena::wait_worker, NoGil())
-      .def("check_invariants", &KVArena::check_invariants, NoGil())
+      .def("check_invariants", &KVArena::check_invariants,
+           py::arg("cached") = std::vector<PageId>{}, NoGil())
       .def("close", &KVArena::close, NoGil())
       .def("stats", &stats_dict)
       .def_property_readonly("num_regions", &KVArena::num_regions)

@@ -67,8 +67,19 @@ class Driver {
   /// Requires: every page of the range is mapped, by whole earlier try_map pages.
   virtual void unmap(Address address, std::size_t num_pages) = 0;
 
+  /// Change how mapped pages may be accessed. Requires: as for unmap.
+  virtual void protect(Address address, std::size_t num_pages, Access access) = 0;
+
   /// Fill mapped writable memory with zeros before anything later on any stream reads it.
   virtual void zero(Address address, std::size_t bytes) = 0;
+
+  /// Copy the first `bytes` of a page, mapped or not, to mapped writable memory: after what was
+  /// enqueued so far on any stream may have written it, before anything later reads the copy.
+  virtual void copy_page(Address to, PageHandle from, std::size_t bytes) = 0;
+
+  /// Copy a whole page to host memory or back, in the same order; done when the call returns.
+  virtual void read_page(PageHandle from, void* to) = 0;
+  virtual void write_page(PageHandle to, const void* from) = 0;
 
   /// A fence that passes once all work enqueued on `stream` so far is done.
   [[nodiscard]] virtual Fence record_fence(Stream stream) = 0;

@@ -65,6 +65,26 @@ void FaultDriver::zero(Address address, std::size_t bytes) {
   inner_->zero(address, bytes);
 }
 
+void FaultDriver::protect(Address address, std::size_t num_pages, Access access) {
+  throw_if_release_due("protect");
+  inner_->protect(address, num_pages, access);
+}
+
+void FaultDriver::copy_page(Address to, PageHandle from, std::size_t bytes) {
+  throw_if_release_due("copy");
+  inner_->copy_page(to, from, bytes);
+}
+
+void FaultDriver::read_page(PageHandle from, void* to) {
+  throw_if_release_due("read");
+  inner_->read_page(from, to);
+}
+
+void FaultDriver::write_page(PageHandle to, const void* from) {
+  throw_if_release_due("write");
+  inner_->write_page(to, from);
+}
+
 Fence FaultDriver::record_fence(Stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!hold_) return 0;

@@ -23,7 +23,8 @@ class FaultDriver final : public Driver {
   /// Fallible calls seen since the last fail_call.
   [[nodiscard]] std::uint64_t num_calls() const;
 
-  /// Let call number `call` from now on of those that give back (unmap, destroy, zero) throw.
+  /// Let call number `call` from now on of those that give back (unmap, destroy), clear or copy
+  /// memory throw.
   void fail_release_call(std::uint64_t call);
 
   /// Wait this long before each mapping, so that other threads meet one under way.
@@ -42,7 +43,11 @@ class FaultDriver final : public Driver {
   bool try_map(Address address, const PageHandle* pages, std::size_t num_pages,
                Access access) override;
   void unmap(Address address, std::size_t num_pages) override;
+  void protect(Address address, std::size_t num_pages, Access access) override;
   void zero(Address address, std::size_t bytes) override;
+  void copy_page(Address to, PageHandle from, std::size_t bytes) override;
+  void read_page(PageHandle from, void* to) override;
+  void write_page(PageHandle to, const void* from) override;
   Fence record_fence(Stream stream) override;
   bool fence_passed(Fence fence) override;
   MemoryInfo memory_info() const override { return inner_->memory_info(); }

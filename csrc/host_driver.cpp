@@ -11,6 +11,7 @@
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -133,6 +134,21 @@ class RunTable {
     }
   }
 
+  void protect(Address address, std::size_t bytes, Access access) {
+    const Address end = address + bytes;
+    auto run = runs_.upper_bound(address);
+    if (run != runs_.begin()) --run;
+    std::map<Address, Run> changed;
+    for (; run != runs_.end() && run->first < end; ++run) {
+      const Address begin = std::max(run->first, address);
+      const Address run_end = std::min(run->first + run->second.bytes, end);
+      if (begin >= run_end) continue;
+      changed[begin] = Run{run_end - begin, run->second.offset + (begin - run->first), access};
+    }
+    erase(address, bytes);
+    for (const auto& [begin, piece] : changed) insert(begin, piece.bytes, piece.offset, access);
+  }
+
   [[nodiscard]] std::size_t size() const { return runs_.size(); }
 
  private:
@@ -247,8 +263,33 @@ class HostDriver final : public Driver {
     ++counters_.unmap_calls;
   }
 
+  void protect(Address address, std::size_t num_pages, Access access) override {
+    const std::size_t bytes = num_pages * page_bytes_;
+    const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (mprotect(to_pointer(address), bytes, protection) != 0) throw last_error("mprotect");
+    runs_.protect(address, bytes, access);
+    note_mappings(most_mappings());
+  }
+
   void zero(Address address, std::size_t bytes) override {
     std::memset(to_pointer(address), 0, bytes);
+  }
+
+  // Through the file, because a page need not be mapped anywhere. The CPU runs no kernels of its
+  // own accord, so all of this is in order.
+  void copy_page(Address to, PageHandle from, std::size_t bytes) override {
+    read_bytes(from, to_pointer(to), bytes);
+  }
+  void read_page(PageHandle from, void* to) override { read_bytes(from, to, page_bytes_); }
+  void write_page(PageHandle to, const void* from) override {
+    const auto* source = static_cast<const char*>(from);
+    for (std::size_t done = 0; done < page_bytes_;) {
+      const ssize_t count = pwrite(fd_, source + done, page_bytes_ - done,
+                                   static_cast<off_t>(to * page_bytes_ + done));
+      if (count <= 0 && errno != EINTR) throw last_error("pwrite");
+      if (count > 0) done += static_cast<std::size_t>(count);
+    }
   }
 
   // CPU kernels have finished when their call returns, so a fence has passed when it is recorded.
@@ -276,6 +317,16 @@ class HostDriver final : public Driver {
   void note_mappings(std::size_t count) {
     MappingBudget::instance().update(noted_mappings_, count);
     noted_mappings_ = count;
+  }
+
+  void read_bytes(PageHandle from, void* to, std::size_t bytes) const {
+    auto* target = static_cast<char*>(to);
+    for (std::size_t done = 0; done < bytes;) {
+      const ssize_t count =
+          pread(fd_, target + done, bytes - done, static_cast<off_t>(from * page_bytes_ + done));
+      if (count <= 0 && errno != EINTR) throw last_error("pread");
+      if (count > 0) done += static_cast<std::size_t>(count);
+    }
   }
 
   static void* to_pointer(Address address) { return reinterpret_cast<void*>(address); }

@@ -53,6 +53,17 @@ class IdleSlots {
   }
   [[nodiscard]] std::size_t pages_of(std::uint32_t slot) const { return entries_[slot]->num_pages; }
 
+  /// Call `visit(slot)` for slots, fewest pages first, until it returns false. It may change or
+  /// remove the slot it is given.
+  template <typename Visit>
+  void visit_smallest(Visit visit) {
+    std::pair<std::size_t, std::uint32_t> next{0, 0};
+    for (auto it = by_size_.begin(); it != by_size_.end(); it = by_size_.upper_bound(next)) {
+      next = *it;
+      if (!visit(next.second)) return;
+    }
+  }
+
   /// Call `visit(slot)` for slots with pages, longest parked first, until it returns false. It may
   /// change or remove the slot it is given.
   template <typename Visit>

@@ -81,6 +81,7 @@ void KVArena::close() {
   }
   worker.reset();  // joins; without the lock, which the worker may want
   const Lock lock(mutex_);
+  while (!swapped_.empty()) forget_group(swapped_.begin());
   std::exception_ptr failure;
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
@@ -103,6 +104,7 @@ void KVArena::close() {
       mapped = SlotPages{};
     }
   }
+  pool_.uncache_all();
   pool_.trim(0);
   if (failure) std::rethrow_exception(failure);
 }
@@ -136,13 +138,30 @@ std::size_t KVArena::num_mapped(const Slot& slot) const {
   return num_pages;
 }
 
+/// Distinct pages that rows and swapped-out groups need. Each further live reference to a page is
+/// one that was counted before: only pages full of rows are shared.
+std::size_t KVArena::num_committed() const {
+  return needed_pages_ + held_pages_ - pool_.stats().num_extra;
+}
+
+/// Bytes of rows, in distinct pages. A page that was cut short where it is shared counts too low.
+std::size_t KVArena::num_live_bytes() const {
+  const std::size_t logical = live_rows_ * row_bytes_ + held_pages_ * totals_.page_bytes;
+  const std::size_t extra = pool_.stats().num_extra * totals_.page_bytes;
+  return logical > extra ? logical - extra : 0;
+}
+
 /// Recompute how far the slot may grow without a page that is not counted yet, or not mapped yet.
 void KVArena::update_limits(Slot& slot) {
   std::size_t commit_rows = config_.max_rows;
   std::size_t ready_rows = config_.max_rows;
+  std::size_t shared_rows = 0;
   for (std::size_t r = 0; r < regions_.size(); ++r) {
     SlotPages& mapped = slot.regions[r];
-    const std::size_t needed = pages_needed(r, slot.num_rows);
+    const std::size_t needed = pages_needed(r, slot.committed_rows());
+    const std::size_t shared_bytes = mapped.num_shared * totals_.page_bytes;
+    shared_rows = std::max(
+        shared_rows, (shared_bytes + regions_[r]->row_bytes() - 1) / regions_[r]->row_bytes());
     commit_rows = std::min(commit_rows, regions_[r]->rows_in(needed));
     ready_rows = std::min(ready_rows, regions_[r]->rows_in(mapped.num_held()));
     if (slot.state == SlotState::kLive) mapped.num_exposed = std::max(mapped.num_exposed, needed);
@@ -151,37 +170,60 @@ void KVArena::update_limits(Slot& slot) {
     if (rows >= config_.max_rows) return config_.max_rows;
     return rows > config_.lookahead_rows ? rows - config_.lookahead_rows : 0;
   };
+  slot.shared_rows = shared_rows;
   slot.commit_rows = without_lookahead(commit_rows);
   slot.ready_rows = without_lookahead(ready_rows);
 }
 
 // ---- slots
 
-std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slots,
-                                                             std::size_t num_rows) {
+std::optional<KVArena::Slots> KVArena::try_admit(std::size_t num_slots, std::size_t num_rows,
+                                                 std::size_t reserved_rows, const Prefix* prefix) {
   Lock lock = enter();
-  if (num_rows > config_.max_rows) {
-    throw ConfigError(with_limit(
-        "num_rows", num_rows, "at most the rows of a slot, " + std::to_string(config_.max_rows)));
+  if (num_rows > config_.max_rows || reserved_rows > config_.max_rows) {
+    throw ConfigError(
+        with_limit("num_rows", std::max(num_rows, reserved_rows),
+                   "at most the rows of a slot, " + std::to_string(config_.max_rows)));
   }
-  if (idle_.size() < num_slots) return std::nullopt;
-  const std::size_t needed = num_slots * slot_pages_needed(num_rows);
+  if (prefix != nullptr) check_prefix(*prefix, num_rows);
+  shortage_ = 0;
+  std::size_t needed = num_slots * slot_pages_needed(std::max(num_rows, reserved_rows));
+  if (prefix != nullptr) {
+    for (const std::vector<PageId>& pages : prefix->pages) needed -= num_slots * pages.size();
+    needed += num_unused_pages(*prefix);
+  }
   poll_fences();
-  if (!has_room(needed)) return std::nullopt;
+  if (!has_room(needed, watermark())) return std::nullopt;
+  return admit(lock, std::vector<const Prefix*>(num_slots, prefix),
+               std::vector<std::size_t>(num_slots, num_rows),
+               std::vector<std::size_t>(num_slots, reserved_rows));
+}
 
-  std::vector<std::uint32_t> taken;
+/// Give slots with so many rows and such a start each, or none.
+std::optional<KVArena::Slots> KVArena::admit(Lock& lock, const std::vector<const Prefix*>& prefixes,
+                                             const std::vector<std::size_t>& num_rows,
+                                             const std::vector<std::size_t>& reserved_rows) {
+  Slots taken;
   std::vector<std::size_t> warm;
-  for (std::size_t i = 0; i < num_slots; ++i) {
-    taken.push_back(take_idle_slot(num_rows));
-    warm.push_back(num_mapped(slots_[taken.back()]));
-    slots_[taken.back()].wanted_rows = num_rows;
-  }
   const auto give_up = [&] {
-    for (const std::uint32_t slot : taken) make_idle(slot, slots_[slot].parked_at);
+    for (const std::uint32_t slot : taken) {
+      slots_[slot].prefix = nullptr;
+      end_use(slot, slots_[slot].parked_at);
+    }
   };
   bool is_backed = false;
   try {
-    is_backed = grow(lock, taken);
+    for (std::size_t i = 0; i < prefixes.size(); ++i) {
+      const std::size_t rows = std::max(num_rows[i], reserved_rows[i]);
+      if (idle_.size() == 0) break;
+      const std::uint32_t slot = prefixes[i] != nullptr ? take_clean_slot() : take_idle_slot(rows);
+      if (slot == kNoSlot) break;
+      taken.push_back(slot);
+      warm.push_back(num_mapped(slots_[slot]));
+      slots_[slot].wanted_rows = rows;
+      slots_[slot].prefix = prefixes[i];
+    }
+    is_backed = taken.size() == prefixes.size() && grow(lock, taken);
     if (is_backed && config_.zero_on_reuse) {
       for (const std::uint32_t slot : taken) scrub(slot);
     }
@@ -193,22 +235,26 @@ std::optional<std::vector<std::uint32_t>> KVArena::try_admit(std::size_t num_slo
     give_up();
     return std::nullopt;
   }
-  for (std::size_t i = 0; i < num_slots; ++i) adopt(taken[i], num_rows, warm[i]);
+  for (std::size_t i = 0; i < taken.size(); ++i) {
+    slots_[taken[i]].prefix = nullptr;
+    slots_[taken[i]].reserved_rows = reserved_rows[i];
+    adopt(taken[i], num_rows[i], warm[i]);
+  }
   note_peak();
   return taken;
 }
 
-bool KVArena::can_admit(std::size_t num_rows) {
+bool KVArena::can_admit(std::size_t num_slots, std::size_t num_rows) {
   const Lock lock = enter();
-  if (idle_.size() == 0 || num_rows > config_.max_rows) return false;
+  if (idle_.size() < num_slots || num_rows > config_.max_rows) return false;
   poll_fences();
-  return has_room(slot_pages_needed(num_rows));
+  return has_room(num_slots * slot_pages_needed(num_rows), watermark());
 }
 
-/// All but committed and retired pages can be had: those free, creatable, ahead and parked.
-bool KVArena::has_room(std::size_t num_pages) const {
-  const std::size_t low = num_live_ > 0 ? config_.low_pages : 0;
-  return committed_pages_ + pool_.stats().num_retired + num_pages + low <= config_.max_pages;
+/// All but committed and retired pages can be had: those free, creatable, ahead, parked and cached.
+bool KVArena::has_room(std::size_t num_pages, std::size_t num_kept_free) const {
+  return num_committed() + pool_.stats().num_retired + num_pages + num_kept_free <=
+         config_.max_pages;
 }
 
 /// The warm slot that fits best: the smallest with enough pages, else the one with most.
@@ -219,8 +265,29 @@ std::uint32_t KVArena::take_idle_slot(std::size_t num_rows) {
   return slot;
 }
 
+/// A slot that maps nothing, or kNoSlot.
+std::uint32_t KVArena::take_clean_slot() {
+  std::uint32_t found = kNoSlot;
+  idle_.visit_smallest([&](std::uint32_t slot) {
+    const Slot& entry = slots_[slot];
+    if (entry.in_flight) return true;
+    const bool was_warm = num_mapped(entry) > 0;
+    if (was_warm) drop_tail(slot, 0, SIZE_MAX);
+    const bool is_clean = std::all_of(entry.regions.begin(), entry.regions.end(),
+                                      [](const SlotPages& mapped) { return mapped.pages.empty(); });
+    if (is_clean) found = slot;
+    // One warm slot at most is given up: if a kernel may still read it, so it may all of them.
+    return !is_clean && !was_warm;
+  });
+  if (found == kNoSlot) return kNoSlot;
+  idle_.erase(found);
+  slots_[found].state = SlotState::kAdmitting;
+  return found;
+}
+
 /// Clear what the slot's last sequence left, in retired pages too: growth takes those back.
 void KVArena::scrub(std::uint32_t slot) {
+  if (slots_[slot].shared_rows > 0) return;  // it was clean: nothing but what it starts with
   for (std::size_t r = 0; r < regions_.size(); ++r) {
     const SlotPages& mapped = slots_[slot].regions[r];
     const std::size_t num_seen = std::min(mapped.num_exposed, mapped.pages.size());
@@ -238,6 +305,7 @@ void KVArena::adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_wa
     for (SlotPages& mapped : entry.regions) mapped.num_exposed = 0;
   }
   totals_.adopted_pages += std::min(num_warm_pages, slot_pages_needed(num_rows));
+  needed_pages_ += slot_pages_needed(entry.committed_rows());
   ++num_live_;
   update_limits(entry);
   set_rows(entry, num_rows);
@@ -281,14 +349,47 @@ void KVArena::free(const std::int64_t* slots, std::size_t count) {
   Lock lock = enter();
   ++num_calls_;
   for (std::size_t i = 0; i < count; ++i) live_slot_once(slots[i]);
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto slot = static_cast<std::uint32_t>(slots[i]);
-    Slot& entry = slots_[slot];
-    set_rows(entry, 0);
-    entry.last_use = epoch_;
-    --num_live_;
-    make_idle(slot, next_parked_at_++);
+  // A slot with shared pages is emptied, and nothing may come to lie behind them meanwhile.
+  landed_.wait(lock, [&] {
+    return std::none_of(slots, slots + count, [this](std::int64_t slot) {
+      const Slot& entry = slots_[static_cast<std::size_t>(slot)];
+      return entry.in_flight && entry.shared_rows > 0;
+    });
+  });
+  for (std::size_t i = 0; i < count; ++i) end_sequence(static_cast<std::uint32_t>(slots[i]));
+}
+
+/// Requires: live, and not in flight if it has shared pages.
+void KVArena::end_sequence(std::uint32_t slot) {
+  Slot& entry = slots_[slot];
+  set_rows(entry, 0);
+  needed_pages_ -= slot_pages_needed(entry.reserved_rows);
+  entry.reserved_rows = 0;
+  entry.last_use = epoch_;
+  --num_live_;
+  end_use(slot, next_parked_at_++);
+}
+
+/// Park the slot, or empty it if others share its pages: nobody may write those.
+void KVArena::end_use(std::uint32_t slot, std::uint64_t parked_at) {
+  Slot& entry = slots_[slot];
+  entry.wanted_rows = 0;
+  unshare(slot);
+  if (entry.shared_rows == 0) return make_idle(slot, parked_at);
+  entry.state = SlotState::kDraining;
+  entry.parked_at = parked_at;
+  drop_tail(slot, 0, SIZE_MAX);
+  finish_drain(slot);
+}
+
+/// A slot that was emptied is idle once its last page is unmapped.
+void KVArena::finish_drain(std::uint32_t slot) {
+  const Slot& entry = slots_[slot];
+  if (entry.state != SlotState::kDraining) return;
+  for (const SlotPages& mapped : entry.regions) {
+    if (!mapped.pages.empty()) return;
   }
+  make_idle(slot, entry.parked_at);
 }
 
 // ---- steps
@@ -311,8 +412,8 @@ void KVArena::end_step(Epoch epoch, Stream stream) {
   fences_.emplace_back(epoch, driver_->record_fence(stream));
   poll_fences();
   ++totals_.num_steps;
-  totals_.live_byte_steps += static_cast<double>(live_rows_ * row_bytes_);
-  totals_.committed_byte_steps += static_cast<double>(committed_pages_ * totals_.page_bytes);
+  totals_.live_byte_steps += static_cast<double>(num_live_bytes());
+  totals_.committed_byte_steps += static_cast<double>(num_committed() * totals_.page_bytes);
   give_back_above_high();
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,6 +25,7 @@
 #include "page_pool.h"
 #include "region.h"
 #include "slot.h"
+#include "swapped_group.h"
 
 namespace vmalloc {
 
@@ -39,6 +41,8 @@ struct ArenaConfig {
   std::size_t ahead_rows = 0;         ///< rows the worker keeps backed past each end; 0: no worker
   std::size_t lookahead_rows = 0;     ///< rows past the end that a kernel may read: always backed
   bool zero_on_reuse = false;         ///< clear a page before another sequence sees it
+  std::size_t swap_bytes = 0;         ///< host memory that swapped-out groups may take
+  bool protect_shared = false;        ///< map shared pages read-only, to catch a missed copy
 };
 
 struct ArenaStats {
@@ -46,10 +50,12 @@ struct ArenaStats {
   DriverCounters driver;
   std::size_t reserved_bytes = 0;
   std::size_t page_bytes = 0;
-  std::size_t live_bytes = 0;       ///< rows that hold data
-  std::size_t committed_pages = 0;  ///< pages those rows need
+  std::size_t live_bytes = 0;       ///< rows that hold data; what slots share counts once
+  std::size_t logical_bytes = 0;    ///< likewise; what slots share counts for each
+  std::size_t committed_pages = 0;  ///< pages those rows need, and what swapped-out groups hold
   std::size_t ahead_pages = 0;      ///< mapped in live slots beyond that
   std::size_t parked_pages = 0;     ///< mapped in idle slots
+  std::size_t swapped_bytes = 0;    ///< host memory of swapped-out groups
   std::size_t peak_committed_pages = 0;
   std::size_t peak_live_bytes = 0;
   std::size_t num_live = 0;
@@ -58,15 +64,20 @@ struct ArenaStats {
   std::uint64_t background_pages = 0;  ///< mapped by the worker
   std::uint64_t adopted_pages = 0;     ///< found mapped already by a new sequence
   std::uint64_t reclaimed_pages = 0;   ///< taken back from ahead and parked
-  double stall_us = 0;                 ///< time callers waited for pages
+  std::uint64_t aliased_pages = 0;     ///< mapped a further time, instead of filled anew
+  std::uint64_t cow_copies = 0;        ///< copied, whole or in part, to be written
+  std::uint64_t swap_out_pages = 0;
+  std::uint64_t swap_in_pages = 0;
+  double stall_us = 0;  ///< time callers waited for pages
   std::uint64_t num_steps = 0;
   double live_byte_steps = 0;       ///< live_bytes summed over the ends of steps
   double committed_byte_steps = 0;  ///< committed bytes, likewise
   std::string worker_error;
 };
 
-/// Rows [0, num_rows) of a live slot are mapped read-write in every region; beyond them only pages
-/// that were committed ahead, or retired ones whose fence has not passed.
+/// Rows [0, num_rows) of a live slot are mapped in every region; beyond them only pages that were
+/// committed ahead, or retired ones whose fence has not passed. Rows from `shared_rows` on are in
+/// pages of the slot's own: only those may be written.
 class KVArena {
  public:
   /// Throws ConfigError naming the value and the limit.
@@ -75,24 +86,55 @@ class KVArena {
   KVArena(const KVArena&) = delete;
   KVArena& operator=(const KVArena&) = delete;
 
-  /// Give `num_slots` slots with `num_rows` backed rows each, or none.
-  [[nodiscard]] std::optional<std::vector<std::uint32_t>> try_admit(std::size_t num_slots,
-                                                                    std::size_t num_rows);
-  [[nodiscard]] bool can_admit(std::size_t num_rows);
+  using Slots = std::vector<std::uint32_t>;
+
+  /// Give `num_slots` slots with `num_rows` backed rows each, or none. Each starts with `prefix` if
+  /// there is one; `reserved_rows` stay backed however few hold data.
+  /// Throws ConfigError if a page of the prefix is not referred to any more.
+  [[nodiscard]] std::optional<Slots> try_admit(std::size_t num_slots, std::size_t num_rows,
+                                               std::size_t reserved_rows = 0,
+                                               const Prefix* prefix = nullptr);
+  [[nodiscard]] bool can_admit(std::size_t num_slots, std::size_t num_rows);
+
+  /// Give `num_children` slots that start with the first `num_rows` rows of `parent`, or none.
+  [[nodiscard]] std::optional<Slots> try_fork(std::uint32_t parent, std::size_t num_children,
+                                              std::size_t num_rows);
+
+  /// Make rows from the slot's end on writable. A page that is shared is not replaced under a
+  /// kernel that may run: the sequence moves to another slot, which is returned.
+  [[nodiscard]] std::optional<std::uint32_t> prepare_write(std::uint32_t slot);
 
   /// Back rows [0, num_rows[i]) of slots[i] for all i, or change nothing and return false.
-  /// Throws ConfigError if a slot is not live, a count shrinks, or it exceeds max_rows.
+  /// Throws ConfigError if a slot is not live, a count shrinks, it exceeds max_rows, or the new
+  /// rows would lie in shared pages (prepare_write first).
   [[nodiscard]] bool try_extend(const std::int64_t* slots, const std::int64_t* num_rows,
                                 std::size_t count);
 
   /// Drop rows from `num_rows` on and retire the pages they alone needed.
   void truncate(std::uint32_t slot, std::size_t num_rows);
 
-  /// End sequences; their pages stay mapped (parked) for the next one.
+  /// End sequences; pages that nobody shares stay mapped (parked) for the next one.
   void free(const std::int64_t* slots, std::size_t count);
 
   /// Hint: a sequence of `num_rows` will come; the worker warms an idle slot for it.
   void prefetch(std::size_t num_rows);
+
+  /// Ids of pages `page_idxs[i]` of region `regions[i]` of a slot.
+  [[nodiscard]] std::vector<PageId> page_ids(std::uint32_t slot,
+                                             const std::vector<std::size_t>& regions,
+                                             const std::vector<std::size_t>& page_idxs);
+  /// Refer to such pages from outside (the prefix index); they outlive the slot.
+  void cache_pages(std::uint32_t slot, const std::vector<std::size_t>& regions,
+                   const std::vector<std::size_t>& page_idxs);
+  /// Drop such references; the number of pages that are free by it.
+  std::size_t uncache_pages(const std::vector<PageId>& pages);
+
+  /// Copy the pages of a group of slots to host memory, each once, and free the slots; a name for
+  /// the group, or none if the swap space is full. Pages that other slots share stay.
+  [[nodiscard]] std::optional<std::uint64_t> try_swap_out(const Slots& slots);
+  /// Bring a group back, sharing included: its slots in their order, or none.
+  [[nodiscard]] std::optional<Slots> try_swap_in(std::uint64_t group);
+  void drop_swapped(std::uint64_t group);  ///< Forget a group.
 
   [[nodiscard]] Epoch begin_step();
   void end_step(Epoch epoch, Stream stream);
@@ -105,6 +147,9 @@ class KVArena {
   /// Rows of the slot that are mapped in every region and not retired.
   [[nodiscard]] std::size_t mapped_rows(std::uint32_t slot);
   [[nodiscard]] std::size_t max_slot_rows();  ///< most rows one slot could ever get
+  /// Pages by which the last call that failed was short; 0 if it failed for another reason.
+  [[nodiscard]] std::size_t last_shortage();
+  [[nodiscard]] std::size_t available_pages();  ///< free, or creatable under the cap
   [[nodiscard]] std::shared_ptr<Region> region(std::size_t index) const {
     return regions_.at(index);
   }
@@ -112,7 +157,8 @@ class KVArena {
   [[nodiscard]] std::size_t num_regions() const { return regions_.size(); }
   [[nodiscard]] ArenaStats stats();
   void wait_worker();  ///< Until the worker has nothing to do.
-  void check_invariants();
+  /// `cached`: all pages that the prefix index refers to, as often as it does.
+  void check_invariants(const std::vector<PageId>& cached = {});
 
   /// Unmap everything and give it back; tensors that were handed out keep their addresses.
   /// Idempotent; every other method throws ClosedError from then on.
@@ -125,7 +171,10 @@ class KVArena {
     std::size_t region;
     std::size_t first;  ///< page index of the first new page
     std::size_t num_pages;
-    PageId after;  ///< the page mapped just before them
+    PageId after;                                 ///< the page mapped just before them
+    const std::vector<PageId>* shared = nullptr;  ///< pages to map a further time; null: new ones
+    PageId copy_from = kNoPage;  ///< fill the start of the first new page from this
+    std::size_t copy_bytes = 0;
     std::vector<PageId> pages;
     bool is_mapped = false;
   };
@@ -137,6 +186,8 @@ class KVArena {
   [[nodiscard]] std::size_t pages_needed(std::size_t region, std::size_t num_rows) const;
   [[nodiscard]] std::size_t slot_pages_needed(std::size_t num_rows) const;
   [[nodiscard]] std::size_t num_mapped(const Slot& slot) const;
+  [[nodiscard]] std::size_t num_committed() const;
+  [[nodiscard]] std::size_t num_live_bytes() const;
   void update_limits(Slot& slot);
 
   // Growth. All-or-nothing: plan, acquire and map, publish.
@@ -144,8 +195,10 @@ class KVArena {
   [[nodiscard]] std::size_t plan(std::uint32_t slot, std::size_t num_rows,
                                  std::vector<Growth>* plan) const;
   [[nodiscard]] bool acquire_and_map(std::vector<Growth>& plan);
+  void share_pages(Growth& growth);
   void undo(std::vector<Growth>& plan) noexcept;
   [[nodiscard]] bool try_growths(std::vector<Growth>& growths, std::size_t num_pages);
+  [[nodiscard]] bool make_room(std::size_t num_pages);
   std::size_t publish(const std::vector<Growth>& plan);
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 
@@ -158,10 +211,30 @@ class KVArena {
   std::size_t reclaim_ahead(std::size_t num_pages);
   std::size_t reclaim_parked(std::size_t num_pages);
   void recycle_parked(std::size_t num_pages);
-  [[nodiscard]] bool has_room(std::size_t num_pages) const;
+  [[nodiscard]] bool has_room(std::size_t num_pages, std::size_t num_kept_free) const;
+  [[nodiscard]] std::size_t watermark() const { return num_live_ > 0 ? config_.low_pages : 0; }
   void give_back_above_high();
 
+  // Sharing.
+  [[nodiscard]] Prefix prefix_of(std::uint32_t slot, std::size_t num_rows) const;
+  void check_prefix(const Prefix& prefix, std::size_t num_rows) const;
+  [[nodiscard]] std::size_t num_unused_pages(const Prefix& prefix) const;
+  void mark_shared(std::uint32_t slot, std::size_t region, std::size_t num_pages);
+  void unshare(std::uint32_t slot);
+  void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
+  [[nodiscard]] SwappedGroup pack_group(const Slots& slots) const;
+  [[nodiscard]] bool acquire_group(Lock& lock, const SwappedGroup& group,
+                                   std::vector<PageId>* pages);
+  [[nodiscard]] std::map<std::uint64_t, SwappedGroup>::iterator find_group(std::uint64_t id);
+
   // Slots.
+  [[nodiscard]] std::optional<Slots> admit(Lock& lock, const std::vector<const Prefix*>& prefixes,
+                                           const std::vector<std::size_t>& num_rows,
+                                           const std::vector<std::size_t>& reserved_rows);
+  [[nodiscard]] std::uint32_t take_clean_slot();
+  void end_sequence(std::uint32_t slot);
+  void end_use(std::uint32_t slot, std::uint64_t parked_at);
+  void finish_drain(std::uint32_t slot);
   [[nodiscard]] std::uint32_t take_idle_slot(std::size_t num_rows);
   void make_idle(std::uint32_t slot, std::uint64_t parked_at);
   void adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_warm_pages);
@@ -178,6 +251,7 @@ class KVArena {
   void note_peak();
   [[nodiscard]] Lock enter() const;
   void check_slot(std::uint32_t slot) const;
+  void check_pages(const Slot& slot, std::size_t region) const;
 
   std::shared_ptr<Driver> driver_;
   ArenaConfig config_;
@@ -194,7 +268,11 @@ class KVArena {
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
-  std::size_t committed_pages_ = 0;
+  std::size_t needed_pages_ = 0;  // of live slots; what they share counts for each
+  std::size_t held_pages_ = 0;    // references of swapped-out groups
+  std::map<std::uint64_t, SwappedGroup> swapped_;
+  std::uint64_t next_group_ = 1;
+  std::size_t shortage_ = 0;
   std::uint64_t next_parked_at_ = 1;
   std::uint64_t num_calls_ = 0;  // calls that named slots
 

@@ -33,15 +33,35 @@ class StallTimer {
 std::size_t KVArena::plan(std::uint32_t slot, std::size_t num_rows,
                           std::vector<Growth>* plan) const {
   std::size_t total = 0;
+  const Prefix* prefix = slots_[slot].prefix;
   for (std::size_t r = 0; r < regions_.size(); ++r) {
     // Retired pages at the tail are still mapped, so growth starts after them; publishing takes
     // them back.
     const std::vector<PageId>& pages = slots_[slot].regions[r].pages;
+    Growth growth{};
+    growth.slot = slot;
+    growth.region = r;
+    growth.first = pages.size();
+    growth.after = pages.empty() ? kNoPage : pages.back();
+    if (prefix != nullptr && pages.empty() && !prefix->pages[r].empty()) {
+      Growth shared = growth;
+      shared.shared = &prefix->pages[r];
+      shared.num_pages = prefix->pages[r].size();
+      plan->push_back(shared);
+      growth.first = shared.num_pages;
+      growth.after = prefix->pages[r].back();
+    }
     const std::size_t needed = pages_needed(r, num_rows);
-    if (needed <= pages.size()) continue;
-    const PageId after = pages.empty() ? kNoPage : pages.back();
-    plan->push_back({slot, r, pages.size(), needed - pages.size(), after, {}, false});
-    total += needed - pages.size();
+    if (needed <= growth.first) continue;
+    growth.num_pages = needed - growth.first;
+    if (prefix != nullptr && growth.first == prefix->pages[r].size()) {
+      growth.copy_from = prefix->tails[r];
+      growth.copy_bytes =
+          prefix->num_rows * regions_[r]->row_bytes() -
+          std::min(prefix->num_rows * regions_[r]->row_bytes(), growth.first * totals_.page_bytes);
+    }
+    total += growth.num_pages;
+    plan->push_back(std::move(growth));
   }
   return total;
 }
@@ -50,17 +70,23 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
   try {
     std::vector<PageHandle> handles;
     for (Growth& growth : plan) {
-      std::vector<PageId> pages(growth.num_pages);
       bool any_used = false;
-      if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
-        undo(plan);
-        return false;
+      if (growth.shared != nullptr) {
+        share_pages(growth);
+      } else {
+        std::vector<PageId> pages(growth.num_pages);
+        if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
+          undo(plan);
+          return false;
+        }
+        growth.pages = std::move(pages);
       }
-      growth.pages = std::move(pages);
       handles.clear();
       for (const PageId page : growth.pages) handles.push_back(pool_.handle(page));
       const Address address = regions_[growth.region]->page_address(growth.slot, growth.first);
-      if (!driver_->try_map(address, handles.data(), handles.size(), Access::kReadWrite)) {
+      const bool is_protected = growth.shared != nullptr && config_.protect_shared;
+      if (!driver_->try_map(address, handles.data(), handles.size(),
+                            is_protected ? Access::kReadOnly : Access::kReadWrite)) {
         undo(plan);
         return false;
       }
@@ -68,12 +94,25 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
       if (config_.zero_on_reuse && any_used) {
         driver_->zero(address, growth.num_pages * totals_.page_bytes);
       }
+      if (growth.copy_from != kNoPage) {
+        driver_->copy_page(address, pool_.handle(growth.copy_from), growth.copy_bytes);
+      }
     }
   } catch (...) {
     undo(plan);
     throw;
   }
   return true;
+}
+
+/// Take a reference to every page that the growth maps a further time.
+void KVArena::share_pages(Growth& growth) {
+  for (const PageId page : *growth.shared) {
+    if (!pool_.try_share(page)) {
+      throw ConfigError("page " + std::to_string(page) + " of a prefix is not in use any more");
+    }
+    growth.pages.push_back(page);
+  }
 }
 
 /// Unmap and give back. A growth that the driver will not unmap stays mapped, for its slot to keep.
@@ -106,6 +145,11 @@ std::size_t KVArena::publish(const std::vector<Growth>& plan) {
     mapped.retired_epochs.clear();
     retiring_.erase({growth.slot, growth.region});
     mapped.pages.insert(mapped.pages.end(), growth.pages.begin(), growth.pages.end());
+    if (growth.shared != nullptr) {
+      mapped.num_shared = mapped.pages.size();
+      totals_.aliased_pages += growth.num_pages;
+    }
+    if (growth.copy_from != kNoPage) ++totals_.cow_copies;
     num_pages += growth.num_pages;
     update_limits(slots_[growth.slot]);
     update_idle(growth.slot);
@@ -147,7 +191,7 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
     for (const std::uint32_t slot : slots) {
       num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
     }
-    if (num_pages == 0) break;
+    if (growths.empty()) break;
     if (try_growths(growths, num_pages)) {
       totals_.critical_pages += num_pages;
       break;
@@ -158,7 +202,11 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
         reclaim(num_pages) > 0) {
       continue;
     }
-    if (!any_in_flight()) return false;
+    if (!any_in_flight()) {
+      const std::size_t available = pool_.available();
+      shortage_ = num_pages > available ? num_pages - available : 1;
+      return false;
+    }
     wait_landed(lock);
   }
   for (const std::uint32_t slot : slots) restore_retired(slot, slots_[slot].wanted_rows);
@@ -167,9 +215,7 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
 
 /// Make room for the planned growths, map and publish them; or none, and false.
 bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
-  recycle_parked(num_pages);
-  if (pool_.available() < num_pages) make_available(num_pages);
-  if (pool_.available() < num_pages) return false;
+  if (!make_room(num_pages)) return false;
   bool is_mapped = false;
   try {
     is_mapped = acquire_and_map(growths);
@@ -181,11 +227,19 @@ bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
   return is_mapped;
 }
 
+/// Have so many pages free or creatable, at the cost of what is parked and ahead.
+bool KVArena::make_room(std::size_t num_pages) {
+  recycle_parked(num_pages);
+  if (pool_.available() < num_pages) make_available(num_pages);
+  return pool_.available() >= num_pages;
+}
+
 bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows,
                          std::size_t count) {
   Lock lock = enter();
   std::vector<std::uint32_t> growing;
   ++num_calls_;
+  shortage_ = 0;
   for (std::size_t i = 0; i < count; ++i) {
     Slot& slot = slots_[live_slot_once(slots[i])];
     const auto rows = static_cast<std::size_t>(num_rows[i]);
@@ -194,6 +248,11 @@ bool KVArena::try_extend(const std::int64_t* slots, const std::int64_t* num_rows
                         std::to_string(num_rows[i]) + " rows; it must be between the current " +
                         std::to_string(slot.num_rows) + " and the maximum, " +
                         std::to_string(config_.max_rows));
+    }
+    if (slot.num_rows < slot.shared_rows && rows > slot.num_rows) {
+      throw ConfigError("slot " + std::to_string(slots[i]) + " has " +
+                        std::to_string(slot.num_rows) + " rows, and pages up to row " +
+                        std::to_string(slot.shared_rows) + " may be shared: prepare_write first");
     }
     if (rows > slot.commit_rows) growing.push_back(static_cast<std::uint32_t>(slots[i]));
   }
@@ -233,9 +292,9 @@ void KVArena::set_rows(Slot& slot, std::size_t num_rows) {
     slot.num_rows = num_rows;
     return;
   }
-  committed_pages_ -= slot_pages_needed(slot.num_rows);
+  needed_pages_ -= slot_pages_needed(slot.committed_rows());
   slot.num_rows = num_rows;
-  committed_pages_ += slot_pages_needed(num_rows);
+  needed_pages_ += slot_pages_needed(slot.committed_rows());
   update_limits(slot);
 }
 
@@ -251,6 +310,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   Lock lock(mutex_);
   Slot& entry = slots_[slot];
   entry.is_queued = false;
+  if (entry.num_rows < entry.shared_rows || entry.state == SlotState::kDraining) return;
   const std::size_t target = entry.state == SlotState::kLive
                                  ? std::min(entry.num_rows + config_.ahead_rows, config_.max_rows)
                                  : entry.wanted_rows;

@@ -8,8 +8,8 @@
 namespace vmalloc {
 
 void KVArena::note_peak() {
-  totals_.peak_committed_pages = std::max(totals_.peak_committed_pages, committed_pages_);
-  totals_.peak_live_bytes = std::max(totals_.peak_live_bytes, live_rows_ * row_bytes_);
+  totals_.peak_committed_pages = std::max(totals_.peak_committed_pages, num_committed());
+  totals_.peak_live_bytes = std::max(totals_.peak_live_bytes, num_live_bytes());
   totals_.peak_live = std::max(totals_.peak_live, num_live_);
 }
 
@@ -49,63 +49,94 @@ ArenaStats KVArena::stats() {
   ArenaStats stats = totals_;
   stats.pool = pool_.stats();
   stats.driver = driver_->counters();
-  stats.live_bytes = live_rows_ * row_bytes_;
-  stats.committed_pages = committed_pages_;
+  stats.live_bytes = num_live_bytes();
+  stats.logical_bytes = live_rows_ * row_bytes_;
+  stats.committed_pages = num_committed();
   stats.parked_pages = idle_.num_pages();
   stats.num_live = num_live_;
   // What is left: mapped past the ends of live slots, or being mapped by the worker right now.
-  stats.ahead_pages = stats.pool.num_in_use - committed_pages_ - idle_.num_pages();
+  stats.ahead_pages =
+      stats.pool.num_in_use - stats.pool.num_cached - stats.committed_pages - idle_.num_pages();
   if (worker_ != nullptr) stats.worker_error = worker_->error();
   return stats;
 }
 
-void KVArena::check_invariants() {
+std::size_t KVArena::last_shortage() {
+  const Lock lock = enter();
+  return shortage_;
+}
+
+std::size_t KVArena::available_pages() {
+  const Lock lock = enter();
+  return pool_.available();
+}
+
+void KVArena::check_invariants(const std::vector<PageId>& cached) {
   Lock lock = enter();
   wait_landed(lock);
-  std::vector<std::uint32_t> live, retired;
+  std::vector<std::uint32_t> live, in_index, retired;
   const auto count = [](std::vector<std::uint32_t>& counts, PageId page) {
     if (page >= counts.size()) counts.resize(page + 1, 0);
     ++counts[page];
   };
-  std::size_t num_live = 0, live_rows = 0, committed = 0, parked = 0, num_idle = 0;
-  std::size_t num_retiring = 0;
+  std::size_t num_live = 0, live_rows = 0, needed = 0, parked = 0, num_idle = 0;
+  std::size_t num_retiring = 0, num_held_by_groups = 0;
   for (std::uint32_t id = 0; id < slots_.size(); ++id) {
     const Slot& slot = slots_[id];
     if (slot.state == SlotState::kLive) {
       ++num_live;
       live_rows += slot.num_rows;
-      committed += slot_pages_needed(slot.num_rows);
+      needed += slot_pages_needed(slot.committed_rows());
       check_invariant(slot.num_rows <= slot.commit_rows && slot.commit_rows <= slot.ready_rows,
                       "rows <= commit_rows <= ready_rows does not hold for a live slot");
     } else if (slot.state == SlotState::kIdle) {
       ++num_idle;
       parked += num_mapped(slot);
-      check_invariant(slot.num_rows == 0, "an idle slot has rows");
+      check_invariant(slot.num_rows == 0 && slot.reserved_rows == 0, "an idle slot has rows");
+      check_invariant(slot.shared_rows == 0, "an idle slot has shared pages");
       check_invariant(idle_.holds(id, num_mapped(slot)),
                       "the index of idle slots does not know an idle slot as it is");
+    } else {
+      check_invariant(num_mapped(slot) == 0, "a slot that is being emptied holds pages");
     }
     for (std::size_t r = 0; r < regions_.size(); ++r) {
+      check_pages(slot, r);
       const SlotPages& mapped = slot.regions[r];
-      const std::size_t num_held = mapped.num_held();
-      check_invariant(num_held >= pages_needed(r, slot.num_rows),
-                      "rows of a live slot are not backed");
-      check_invariant(mapped.pages.size() * totals_.page_bytes <= regions_[r]->slot_bytes(),
-                      "a slot has more pages than addresses");
       for (std::size_t i = 0; i < mapped.pages.size(); ++i) {
-        count(i < num_held ? live : retired, mapped.pages[i]);
+        count(i < mapped.num_held() ? live : retired, mapped.pages[i]);
       }
       if (!mapped.retired_epochs.empty()) ++num_retiring;
       check_invariant(retiring_.count({id, r}) == (mapped.retired_epochs.empty() ? 0U : 1U),
                       "the list of retiring pages does not match the slots");
     }
   }
+  for (const auto& [id, group] : swapped_) {
+    num_held_by_groups += group.held.size();
+    for (const PageId page : group.held) count(live, page);
+  }
+  for (const PageId page : cached) count(in_index, page);
   check_invariant(num_live == num_live_, "num_live is not the number of live slots");
   check_invariant(live_rows == live_rows_, "live_rows is not the sum of the slots' rows");
-  check_invariant(committed == committed_pages_, "committed pages are miscounted");
+  check_invariant(needed == needed_pages_, "the pages that slots need are miscounted");
+  check_invariant(num_held_by_groups == held_pages_, "the pages groups hold are miscounted");
   check_invariant(parked == idle_.num_pages(), "parked pages are miscounted");
   check_invariant(num_idle == idle_.size(), "the index of idle slots has strangers");
   check_invariant(num_retiring == retiring_.size(), "the list of retiring pages has strangers");
-  pool_.check_invariants(live, retired);
+  pool_.check_invariants(live, in_index, retired);
+}
+
+/// What must hold of the pages of one slot in one region.
+void KVArena::check_pages(const Slot& slot, std::size_t region) const {
+  const SlotPages& mapped = slot.regions[region];
+  check_invariant(mapped.num_held() >= pages_needed(region, slot.committed_rows()),
+                  "rows of a live slot are not backed");
+  check_invariant(mapped.pages.size() * totals_.page_bytes <= regions_[region]->slot_bytes(),
+                  "a slot has more pages than addresses");
+  check_invariant(mapped.num_shared <= mapped.pages.size(), "more pages are shared than mapped");
+  for (std::size_t i = mapped.num_shared; i < mapped.pages.size(); ++i) {
+    check_invariant(!pool_.is_shared(mapped.pages[i], i >= mapped.num_held()),
+                    "a page is shared that its slot takes for its own");
+  }
 }
 
 }  // namespace vmalloc

@@ -17,7 +17,11 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
   }
   landed_.wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
-  drop_tail(slot, std::min(num_rows + config_.ahead_rows, config_.max_rows), SIZE_MAX);
+  // Shared pages are no use as pages ahead: they cannot be written.
+  const bool is_shared = num_rows < entry.shared_rows;
+  const std::size_t ahead = is_shared ? 0 : config_.ahead_rows;
+  drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
+            SIZE_MAX);
 }
 
 /// Retire pages from the slot's tail that rows [0, keep_rows) do not need, at most `max_pages`;
@@ -49,6 +53,7 @@ std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::s
   for (std::size_t r = 0; r < regions_.size(); ++r) {
     if (settle_region(slot, r)) retiring_.erase({slot, r});
   }
+  finish_drain(slot);
   return num_dropped;
 }
 
@@ -68,7 +73,9 @@ bool KVArena::settle_region(std::uint32_t slot, std::size_t region) {
     mapped.pages.resize(first);
     mapped.retired_epochs.resize(mapped.retired_epochs.size() - num_pages);
     mapped.num_exposed = std::min(mapped.num_exposed, first);
+    mapped.num_shared = std::min(mapped.num_shared, first);
     for (const PageId page : unmapped) pool_.settle(page);
+    update_limits(slots_[slot]);
   }
   return mapped.retired_epochs.empty();
 }
@@ -77,7 +84,9 @@ void KVArena::settle() {
   for (auto it = retiring_.begin(); it != retiring_.end();) {
     // An in-flight growth counts on where the slot's pages end; it is settled next time.
     const bool is_done = !slots_[it->first].in_flight && settle_region(it->first, it->second);
+    const std::uint32_t slot = it->first;
     it = is_done ? retiring_.erase(it) : std::next(it);
+    if (is_done) finish_drain(slot);
   }
 }
 
@@ -103,8 +112,8 @@ std::size_t KVArena::reclaim_ahead(std::size_t num_pages) {
   for (std::uint32_t slot = 0; slot < slots_.size() && num_reclaimed < num_pages; ++slot) {
     const Slot& entry = slots_[slot];
     if (entry.state == SlotState::kIdle || entry.in_flight) continue;
-    num_reclaimed +=
-        drop_tail(slot, std::max(entry.num_rows, entry.wanted_rows), num_pages - num_reclaimed);
+    num_reclaimed += drop_tail(slot, std::max(entry.committed_rows(), entry.wanted_rows),
+                               num_pages - num_reclaimed);
   }
   totals_.reclaimed_pages += num_reclaimed;
   return num_reclaimed;

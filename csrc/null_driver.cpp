@@ -37,7 +37,11 @@ class NullDriver final : public Driver {
     return true;
   }
   void unmap(Address, std::size_t) override { ++unmap_calls_; }
+  void protect(Address, std::size_t, Access) override {}
   void zero(Address, std::size_t) override {}
+  void copy_page(Address, PageHandle, std::size_t) override {}
+  void read_page(PageHandle, void*) override {}
+  void write_page(PageHandle, const void*) override {}
 
   Fence record_fence(Stream) override { return 0; }
   bool fence_passed(Fence) override { return true; }

@@ -11,6 +11,15 @@ namespace {
 /// Page numbers may outgrow the cap by this factor, so that sequences that grow side by side can
 /// each have an extent of their own; numbers cost a few bytes and no memory stands behind them.
 constexpr std::size_t kNumbersPerPage = 4;
+
+void check_references(const char* kind, PageId page, std::uint32_t have,
+                      const std::vector<std::uint32_t>& counts) {
+  const std::uint32_t counted = page < counts.size() ? counts[page] : 0;
+  if (have == counted) return;
+  throw InvariantError("page " + std::to_string(page) + " has " + std::to_string(have) + " " +
+                       kind + " references in the pool, but its users count " +
+                       std::to_string(counted));
+}
 }  // namespace
 
 PagePool::PagePool(std::shared_ptr<Driver> driver, std::size_t max_pages)
@@ -121,54 +130,106 @@ void PagePool::undo_claim(const PageId* pages, std::size_t num_pages,
   }
   for (std::size_t i = 0; i < num_pages; ++i) {
     if (absent_.contains(pages[i])) continue;
-    --pages_[pages[i]].live;
-    --num_in_use_;
-    free_if_unreferenced(pages[i]);
+    change(pages[i], [](Page& entry) { --entry.live; });
   }
+}
+
+/// Enter the page into the sums, or take it out before it changes.
+void PagePool::count(const Page& page, Sign sign) {
+  const std::size_t one = sign == Sign::kIn ? 1 : static_cast<std::size_t>(-1);  // sums wrap
+  if (page.live > 0) {
+    num_in_use_ += one;
+    num_extra_ += one * (page.live - 1);
+  } else if (page.cached > 0) {
+    num_in_use_ += one;
+    num_cached_ += one;
+  } else if (page.retired > 0) {
+    num_retired_ += one;
+  }
+}
+
+template <typename Change>
+void PagePool::change(PageId page, Change change) {
+  Page& entry = pages_[page];
+  count(entry, Sign::kOut);
+  change(entry);
+  count(entry, Sign::kIn);
+  free_if_unreferenced(page);
 }
 
 void PagePool::release(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Page& entry = pages_[page];
-  check_invariant(entry.live > 0, "a page is released that nobody holds");
-  if (--entry.live > 0) return;
-  --num_in_use_;
-  if (entry.retired > 0) ++num_retired_;
-  free_if_unreferenced(page);
+  check_invariant(pages_[page].live > 0, "a page is released that nobody holds");
+  change(page, [](Page& entry) { --entry.live; });
 }
 
 void PagePool::retire(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Page& entry = pages_[page];
-  check_invariant(entry.live > 0, "a page is retired that nobody holds");
-  ++entry.retired;
-  if (--entry.live > 0) return;
-  --num_in_use_;
-  ++num_retired_;
+  check_invariant(pages_[page].live > 0, "a page is retired that nobody holds");
+  change(page, [](Page& entry) {
+    --entry.live;
+    ++entry.retired;
+  });
 }
 
 void PagePool::restore(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Page& entry = pages_[page];
-  check_invariant(entry.retired > 0, "a page is restored that was not retired");
-  --entry.retired;
-  if (++entry.live > 1) return;
-  ++num_in_use_;
-  --num_retired_;
+  check_invariant(pages_[page].retired > 0, "a page is restored that was not retired");
+  change(page, [](Page& entry) {
+    --entry.retired;
+    ++entry.live;
+  });
 }
 
 void PagePool::settle(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Page& entry = pages_[page];
-  check_invariant(entry.retired > 0, "a page is settled that was not retired");
-  if (--entry.retired > 0 || entry.live > 0) return;
-  --num_retired_;
-  free_if_unreferenced(page);
+  check_invariant(pages_[page].retired > 0, "a page is settled that was not retired");
+  change(page, [](Page& entry) { --entry.retired; });
+}
+
+bool PagePool::try_share(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (page >= pages_.size() || pages_[page].live + pages_[page].cached == 0) return false;
+  change(page, [](Page& entry) { ++entry.live; });
+  return true;
+}
+
+bool PagePool::try_cache(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (page >= pages_.size() || pages_[page].live + pages_[page].cached == 0) return false;
+  change(page, [](Page& entry) { ++entry.cached; });
+  return true;
+}
+
+bool PagePool::uncache(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check_invariant(page < pages_.size() && pages_[page].cached > 0,
+                  "a page is uncached that is not cached");
+  change(page, [](Page& entry) { --entry.cached; });
+  return pages_[page].live + pages_[page].cached + pages_[page].retired == 0;
+}
+
+void PagePool::uncache_all() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (PageId page = 0; page < pages_.size(); ++page) {
+    if (pages_[page].cached > 0) change(page, [](Page& entry) { entry.cached = 0; });
+  }
+}
+
+bool PagePool::is_shared(PageId page, bool is_retired) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (page >= pages_.size()) return false;
+  return pages_[page].live + pages_[page].cached > (is_retired ? 0U : 1U);
+}
+
+std::uint32_t PagePool::num_live(PageId page) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return page < pages_.size() ? pages_[page].live : 0;
 }
 
 void PagePool::free_if_unreferenced(PageId page) {
   const Page& entry = pages_[page];
-  if (entry.live > 0 || entry.retired > 0) return;
+  if (entry.live > 0 || entry.cached > 0 || entry.retired > 0) return;
   free_.insert(page);
   if (num_created_ <= max_pages_) return;
   try {
@@ -221,38 +282,37 @@ void PagePool::set_max_pages(std::size_t max_pages) {
 
 PoolStats PagePool::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {num_created_, free_.size(), num_in_use_, num_retired_, max_pages_};
+  return {num_created_, free_.size(), num_in_use_, num_cached_,
+          num_retired_, num_extra_,   max_pages_};
 }
 
 void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
+                                const std::vector<std::uint32_t>& cached,
                                 const std::vector<std::uint32_t>& retired) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   check_invariant(num_created_ == free_.size() + num_in_use_ + num_retired_,
                   "created == free + in_use + retired does not hold");
   check_invariant(num_created_ + absent_.size() == pages_.size(),
                   "created + absent is not the number of page numbers");
-  std::size_t num_in_use = 0, num_retired = 0;
+  std::size_t num_in_use = 0, num_cached = 0, num_retired = 0, num_extra = 0;
   for (PageId page = 0; page < pages_.size(); ++page) {
     const Page& entry = pages_[page];
-    const std::uint32_t counted_live = page < live.size() ? live[page] : 0;
-    const std::uint32_t counted_retired = page < retired.size() ? retired[page] : 0;
-    if (entry.live != counted_live || entry.retired != counted_retired) {
-      throw InvariantError(
-          "page " + std::to_string(page) + " has " + std::to_string(entry.live) + " live and " +
-          std::to_string(entry.retired) + " retired references in the pool, but slots count " +
-          std::to_string(counted_live) + " and " + std::to_string(counted_retired));
-    }
-    if (entry.live > 0) {
-      ++num_in_use;
-    } else if (entry.retired > 0) {
-      ++num_retired;
-    }
+    check_references("live", page, entry.live, live);
+    check_references("cached", page, entry.cached, cached);
+    check_references("retired", page, entry.retired, retired);
+    const bool is_in_use = entry.live > 0 || entry.cached > 0;
+    if (is_in_use) ++num_in_use;
+    if (is_in_use && entry.live == 0) ++num_cached;
+    if (entry.live > 1) num_extra += entry.live - 1;
+    if (!is_in_use && entry.retired > 0) ++num_retired;
     check_invariant(
-        free_.contains(page) + absent_.contains(page) + (entry.live + entry.retired > 0) == 1,
+        free_.contains(page) + absent_.contains(page) + (is_in_use || entry.retired > 0) == 1,
         "a page is not in exactly one of free, absent and referenced");
   }
   check_invariant(num_in_use == num_in_use_, "in_use is not the number of pages in use");
+  check_invariant(num_cached == num_cached_, "cached is not the number of pages only cached");
   check_invariant(num_retired == num_retired_, "retired is not the number of retired pages");
+  check_invariant(num_extra == num_extra_, "extra is not the number of further references");
 }
 
 }  // namespace vmalloc

@@ -22,13 +22,17 @@ constexpr PageId kNoPage = UINT32_MAX;
 struct PoolStats {  // num_created == num_free + num_in_use + num_retired
   std::size_t num_created = 0;
   std::size_t num_free = 0;
-  std::size_t num_in_use = 0;   ///< at least one live reference
+  std::size_t num_in_use = 0;   ///< at least one live or cached reference
+  std::size_t num_cached = 0;   ///< of those, without a live one
   std::size_t num_retired = 0;  ///< only references that wait for a fence
+  std::size_t num_extra = 0;    ///< live references beyond the first of each page
   std::size_t max_pages = 0;    ///< cap on num_created
 };
 
-/// A page is referred to by live references (a slot that maps it for use) and by retired ones (a
-/// slot that still maps it only because a running kernel may read it). With neither it is free.
+/// A page is referred to by live references (a slot that maps it for use, a swapped-out group), by
+/// cached ones (the prefix index) and by retired ones (a slot that still maps it only because a
+/// running kernel may read it). With none of them it is free. More than one live or cached
+/// reference: it is shared, and nobody may write it.
 class PagePool {
  public:
   PagePool(std::shared_ptr<Driver> driver, std::size_t max_pages);
@@ -41,6 +45,16 @@ class PagePool {
   /// cost the host driver one kernel mapping together. Sets `*any_used` if a page held data before.
   [[nodiscard]] bool try_acquire(std::size_t num_pages, PageId after, PageId* pages,
                                  bool* any_used);
+
+  /// Add a live reference; false if the page has neither a live nor a cached one.
+  [[nodiscard]] bool try_share(PageId page);
+  [[nodiscard]] bool try_cache(PageId page);  ///< Likewise, a cached reference.
+  void uncache_all();                         ///< Drop every cached reference: the index is gone.
+  bool uncache(PageId page);  ///< Drop a cached reference; true if the page is free by it.
+
+  /// True if live or cached references other than the caller's one live (or retired) one exist.
+  [[nodiscard]] bool is_shared(PageId page, bool is_retired) const;
+  [[nodiscard]] std::uint32_t num_live(PageId page) const;
 
   void release(PageId page);  ///< Drop a live reference whose mapping is gone already.
   void retire(PageId page);   ///< Turn a live reference into a retired one.
@@ -63,12 +77,14 @@ class PagePool {
   /// Check the equation above and every page's references against what the caller counted.
   /// Throws InvariantError. The vectors are indexed by PageId and may be shorter.
   void check_invariants(const std::vector<std::uint32_t>& live,
+                        const std::vector<std::uint32_t>& cached,
                         const std::vector<std::uint32_t>& retired) const;
 
  private:
   struct Page {
     PageHandle handle = 0;
     std::uint32_t live = 0;
+    std::uint32_t cached = 0;
     std::uint32_t retired = 0;
     bool was_used = false;  // contents are no longer the driver's zeros
   };
@@ -80,6 +96,10 @@ class PagePool {
   void add_absent_extent();
   void undo_claim(const PageId* pages, std::size_t num_pages, const std::vector<PageId>& to_create,
                   std::size_t num_created);
+  enum class Sign { kOut, kIn };
+  void count(const Page& page, Sign sign);
+  template <typename Change>
+  void change(PageId page, Change change);
   void free_if_unreferenced(PageId page);
   void destroy(PageId page);
 
@@ -89,7 +109,7 @@ class PagePool {
   std::deque<Page> pages_;
   ExtentMap free_;    // created, no reference
   ExtentMap absent_;  // numbers that no created page has
-  std::size_t num_created_ = 0, num_in_use_ = 0, num_retired_ = 0;
+  std::size_t num_created_ = 0, num_in_use_ = 0, num_cached_ = 0, num_retired_ = 0, num_extra_ = 0;
   std::size_t max_pages_;
 };
 

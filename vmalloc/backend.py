@@ -23,6 +23,7 @@ class SequenceGroupSpec:
     Attributes:
         seq_ids: names the engine gives them; unique among live sequences.
         num_tokens: rows backed at once for each of them.
+        prompt_tokens: length of the prompt, where that is not ``num_tokens``.
         final_tokens: length that each is expected to end with, for commit policies that reserve
             ahead of need. None: unknown.
         cache_salt: only sequences of equal salt share cached prefixes. None: this one neither
@@ -31,6 +32,7 @@ class SequenceGroupSpec:
 
     seq_ids: tuple[int, ...]
     num_tokens: int
+    prompt_tokens: int | None = None
     final_tokens: int | None = None
     cache_salt: str | None = ""
 

@@ -1,0 +1,33 @@
+// swapped_group.h: what is kept of sequences whose pages went to host memory.
+// Owns: the copies.  Thread-safety: none; the arena locks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "page_pool.h"
+
+namespace vmalloc {
+
+/// A page of a swapped-out group: copied, or held because slots outside the group share it.
+struct SwappedPage {
+  bool is_held;
+  std::size_t idx;  ///< into `held`, or number of the copy
+};
+
+struct SwappedSlot {
+  std::size_t num_rows;
+  std::size_t reserved_rows;
+  std::vector<std::vector<SwappedPage>> regions;
+};
+
+struct SwappedGroup {
+  std::vector<SwappedSlot> slots;
+  std::vector<PageId> held;    ///< one live reference each
+  std::vector<PageId> copied;  ///< where the copies came from; means nothing once they are made
+  std::unique_ptr<char[]> copies;
+};
+
+}  // namespace vmalloc
