@@ -1,25 +1,47 @@
 """KV cache whose address space is reserved once and whose pages arrive on demand.
 
-Owns: seq_id -> slot, and the tensor views. Page counts live in ``_core`` alone.
+Owns: seq_id -> slot, the tensor views, and what the prefix index knows. Page counts live in
+``_core`` alone.
 Thread-safety: none of its own; one engine thread. The worker thread inside ``_core`` is safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import _core
-from .backend import KVBatchView, KVCacheStats, Reservation, SequenceGroupSpec, Step
+from .backend import (
+    KVBatchView,
+    KVCacheStats,
+    PrefixCacheStats,
+    PrefixHit,
+    Reservation,
+    SequenceGroupSpec,
+    Step,
+)
 from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
 from .errors import ConfigError
 from .layout import KVLayout, plan_layout
+from .reservation import reserved_tokens
+from .slot_prefixes import FoundPrefix, SlotPrefixes
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _SwappedGroup:
+    """Sequences that went to host memory together; those freed since are None."""
+
+    group: int
+    seq_ids: list[int | None]
 
 
 class VirtualKVCache:
@@ -47,7 +69,7 @@ class VirtualKVCache:
         page_bytes = self._driver.page_bytes
         self._layout = plan_layout(config, page_bytes)
         max_pages = config.capacity_bytes // page_bytes
-        self._arena = _core.KVArena(
+        self._core_arena = _core.KVArena(
             self._driver,
             layers=[_core_spec(layer) for layer in config.layers],
             layers_per_group=config.layers_per_group or len(config.layers),
@@ -60,9 +82,17 @@ class VirtualKVCache:
             ahead_rows=config.commit_ahead_tokens,
             lookahead_rows=config.lookahead_tokens,
             zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
+            swap_bytes=config.swap_bytes,
+            protect_shared=config.protect_shared,
         )
         self._slot_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
+        # Sequences whose next row may lie in a shared page: only a truncate leads there.
+        self._cut: set[int] = set()
+        self._swapped: dict[int, _SwappedGroup] = {}
+        self._prefixes = SlotPrefixes(self._core_arena, self._layout)
+        self._is_asleep = False
+        self._sleeping: _SwappedGroup | None = None
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -87,31 +117,59 @@ class VirtualKVCache:
         backed = min(num_tokens + config.lookahead_tokens, config.max_seq_len) if num_tokens else 0
         return self._layout.pages_for(backed) * self._layout.page_bytes
 
-    def can_admit(self, num_tokens: int) -> bool:
-        return self._arena.can_admit(num_tokens)
+    def can_admit(self, num_tokens: int, num_seqs: int = 1) -> bool:
+        num_live = len(self._slot_of) + num_seqs
+        return num_live <= self._config.max_num_seqs and self._arena.can_admit(num_seqs, num_tokens)
 
     def prefetch(self, num_tokens: int) -> None:
         self._arena.prefetch(num_tokens)
 
-    def try_admit(self, group: SequenceGroupSpec) -> Reservation | None:
+    def match_prefix(self, token_ids: Sequence[int], salt: str = "") -> PrefixHit:
+        self._check_awake()
+        return self._prefixes.match(token_ids, salt)
+
+    def try_admit(
+        self, group: SequenceGroupSpec, hit: PrefixHit | None = None
+    ) -> Reservation | None:
         _check_num_tokens(group.num_tokens)
-        for seq_id in group.seq_ids:
-            if seq_id in self._slot_of:
-                raise ConfigError(f"seq_id {seq_id} is live already")
-        if len(set(group.seq_ids)) != len(group.seq_ids):
-            raise ConfigError(f"seq_ids {group.seq_ids} name a sequence twice")
+        self._check_new(group.seq_ids)
         if len(self._slot_of) + len(group.seq_ids) > self._config.max_num_seqs:
             return None
-        slots = self._arena.try_admit(len(group.seq_ids), group.num_tokens)
+        found = None if hit is None else self._prefixes.find(hit, group.num_tokens - 1)
+        slots = self._try_slots(group, found)
         if slots is None:
             return None
         for seq_id, slot in zip(group.seq_ids, slots, strict=True):
             self._slot_of[seq_id] = slot
             self._len_of[seq_id] = group.num_tokens
-        return Reservation(seq_ids=group.seq_ids, slots=tuple(slots))
+            if group.cache_salt is not None and self._config.prefix_caching:
+                node = None if found is None else found.node
+                self._prefixes.start(seq_id, group.cache_salt, node)
+        num_cached = 0 if found is None else found.num_tokens
+        if hit is not None:
+            self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
+        return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
+
+    def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
+        reserved = reserved_tokens(self._config, group)
+        start = None if found is None else found.start
+        if found is None:
+            return self._evicting(
+                lambda: self._arena.try_admit(len(group.seq_ids), group.num_tokens, reserved, start)
+            )
+        self._prefixes.index.lock(found.needed)
+        try:
+            return self._evicting(
+                lambda: self._arena.try_admit(len(group.seq_ids), group.num_tokens, reserved, start)
+            )
+        finally:
+            self._prefixes.index.unlock(found.needed)
 
     def try_extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
-        if not self._arena.try_extend(self._slots(seq_ids), num_tokens):
+        if self._cut and not self._prepare_write(seq_ids, num_tokens):
+            return False
+        slots = self._slots(seq_ids)
+        if not self._evicting(lambda: self._arena.try_extend(slots, num_tokens)):
             return False
         self._len_of.update(zip(seq_ids, num_tokens, strict=True))
         return True
@@ -119,18 +177,162 @@ class VirtualKVCache:
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         _check_num_tokens(num_tokens)
         self._arena.truncate(self._slots((seq_id,))[0], num_tokens)
+        self._prefixes.truncate(seq_id, num_tokens)
         self._len_of[seq_id] = num_tokens
+        self._cut.add(seq_id)
 
-    def free(self, seq_ids: Sequence[int]) -> None:
-        self._arena.free(self._slots(seq_ids))
-        for seq_id in seq_ids:
+    def try_fork(
+        self, parent_id: int, child_ids: Sequence[int], num_tokens: int | None = None
+    ) -> bool:
+        parent = self._slots((parent_id,))[0]
+        num_rows = self._len_of[parent_id] if num_tokens is None else num_tokens
+        _check_num_tokens(num_rows)
+        self._check_new(child_ids)
+        if len(self._slot_of) + len(child_ids) > self._config.max_num_seqs:
+            return False
+        slots = self._evicting(lambda: self._arena.try_fork(parent, len(child_ids), num_rows))
+        if slots is None:
+            return False
+        for child_id, slot in zip(child_ids, slots, strict=True):
+            self._slot_of[child_id] = slot
+            self._len_of[child_id] = num_rows
+            self._prefixes.copy(parent_id, child_id, num_rows)
+        return True
+
+    def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
+        slots = self._slots(seq_ids)
+        num_tokens = _check_reorder(seq_ids, parent_idx, [self._len_of[seq] for seq in seq_ids])
+        if list(parent_idx) == list(range(len(seq_ids))):
+            return True
+        # One child stays in its parent's slot, if possible that of its own name; spare clean slots
+        # take the others, so that nothing is mapped anew under a kernel that may still run.
+        stays = {parent: child for child, parent in reversed(list(enumerate(parent_idx)))}
+        stays.update({i: i for i, parent in enumerate(parent_idx) if parent == i})
+        moved: dict[int, int] = {}
+        for parent in sorted(stays):
+            children = [
+                child
+                for child, source in enumerate(parent_idx)
+                if source == parent and stays[parent] != child
+            ]
+            forked = self._fork_slots(slots[parent], len(children), num_tokens)
+            if forked is None:
+                self._arena.free(list(moved.values()))
+                return False
+            moved.update(zip(children, forked, strict=True))
+        dropped = [slots[i] for i in range(len(seq_ids)) if i not in stays]
+        for parent, child in stays.items():
+            moved[child] = slots[parent]
+        was_cut = [seq_id in self._cut for seq_id in seq_ids]
+        for child, seq_id in enumerate(seq_ids):
+            self._slot_of[seq_id] = moved[child]
+            (self._cut.add if was_cut[parent_idx[child]] else self._cut.discard)(seq_id)
+        self._prefixes.rename(
+            {seq_id: seq_ids[parent] for seq_id, parent in zip(seq_ids, parent_idx, strict=True)},
+            num_tokens,
+        )
+        self._arena.free(dropped)
+        return True
+
+    def _fork_slots(self, slot: int, count: int, num_rows: int) -> list[int] | None:
+        if count == 0:
+            return []
+        return self._evicting(lambda: self._arena.try_fork(slot, count, num_rows))
+
+    def register_tokens(self, seq_id: int, token_ids: Sequence[int], num_tokens: int) -> None:
+        slot = self._slots((seq_id,))[0]
+        if not 0 <= num_tokens <= min(self._len_of[seq_id], len(token_ids)):
+            raise ConfigError(
+                f"num_tokens is {num_tokens}; sequence {seq_id} has {self._len_of[seq_id]} rows, "
+                f"and {len(token_ids)} token ids were given"
+            )
+        self._prefixes.register(seq_id, slot, token_ids, num_tokens)
+
+    def free(self, seq_ids: Sequence[int], keep_prefix: bool = True) -> None:
+        swapped = [seq_id for seq_id in seq_ids if seq_id in self._swapped] if self._swapped else []
+        live = [seq_id for seq_id in seq_ids if seq_id not in swapped] if swapped else seq_ids
+        slots = self._slots(live)
+        if len(set(seq_ids)) != len(seq_ids):
+            raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
+        for seq_id, slot in zip(live, slots, strict=True):
+            self._prefixes.end(seq_id, slot if keep_prefix else None)
+        self._arena.free(slots)
+        for seq_id in live:
             del self._slot_of[seq_id], self._len_of[seq_id]
+            self._cut.discard(seq_id)
+        for seq_id in swapped:
+            self._free_swapped(seq_id)
+
+    def _free_swapped(self, seq_id: int) -> None:
+        swapped = self._swapped.pop(seq_id)
+        swapped.seq_ids[swapped.seq_ids.index(seq_id)] = None
+        self._prefixes.end(seq_id)
+        del self._len_of[seq_id]
+        self._cut.discard(seq_id)
+        if not any(other is not None for other in swapped.seq_ids):
+            self._arena.drop_swapped(swapped.group)
+
+    def try_swap_out(self, seq_ids: Sequence[int]) -> bool:
+        swapped = self._swap_out(seq_ids)
+        if swapped is None:
+            return False
+        self._swapped.update(dict.fromkeys(seq_ids, swapped))
+        return True
+
+    def _swap_out(self, seq_ids: Sequence[int]) -> _SwappedGroup | None:
+        group = self._arena.try_swap_out(self._slots(seq_ids))
+        if group is None:
+            return None
+        for seq_id in seq_ids:
+            del self._slot_of[seq_id]
+            self._prefixes.restart(seq_id)
+        return _SwappedGroup(group, list(seq_ids))
+
+    def try_swap_in(self, seq_ids: Sequence[int]) -> bool:
+        swapped = self._swapped.get(seq_ids[0]) if seq_ids else None
+        if swapped is None or {seq for seq in swapped.seq_ids if seq is not None} != set(seq_ids):
+            raise ConfigError(f"seq_ids {tuple(seq_ids)} are not a group that was swapped out")
+        if len(self._slot_of) + len(seq_ids) > self._config.max_num_seqs:
+            return False
+        if not self._swap_in(swapped):
+            return False
+        for seq_id in seq_ids:
+            del self._swapped[seq_id]
+        return True
+
+    def _swap_in(self, swapped: _SwappedGroup) -> bool:
+        slots = self._evicting(lambda: self._arena.try_swap_in(swapped.group))
+        if slots is None:
+            return False
+        for seq_id, slot in zip(swapped.seq_ids, slots, strict=True):
+            if seq_id is None:
+                self._arena.free([slot])  # it was freed meanwhile; its pages came back with it
+            else:
+                self._slot_of[seq_id] = slot
+        return True
+
+    def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
+        self._check_awake()
+        return self._prefixes.index.pin(token_ids, salt)
+
+    def unpin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
+        self._check_awake()
+        return self._prefixes.index.unpin(token_ids, salt)
+
+    def flush_prefixes(self) -> int:
+        self._check_awake()
+        return self._prefixes.index.flush()
+
+    def prefix_stats(self) -> PrefixCacheStats:
+        return self._prefixes.index.stats()
 
     def begin_step(self, stream: int | None = None) -> Step:
         return Step(epoch=self._arena.begin_step(), stream=stream or 0)
 
     def end_step(self, step: Step) -> None:
         self._arena.end_step(step.epoch, step.stream)
+        if not self._prefixes.index.is_empty:
+            self._keep_some_free()
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer over all slots, as strided views.
@@ -178,7 +380,7 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        raw = self._arena.stats()
+        raw = self._core_arena.stats()
         page = raw["page_bytes"]
         return KVCacheStats(
             reserved_bytes=raw["reserved_bytes"],
@@ -189,9 +391,13 @@ class VirtualKVCache:
             in_use_pages=raw["in_use_pages"],
             retired_pages=raw["retired_pages"],
             live_bytes=raw["live_bytes"],
+            logical_bytes=raw["logical_bytes"],
             committed_bytes=raw["committed_pages"] * page,
             ahead_bytes=raw["ahead_pages"] * page,
             parked_bytes=raw["parked_pages"] * page,
+            cached_bytes=raw["cached_pages"] * page,
+            shared_bytes=raw["shared_refs"] * page,
+            swapped_bytes=raw["swapped_bytes"],
             peak_committed_bytes=raw["peak_committed_pages"] * page,
             peak_live_bytes=raw["peak_live_bytes"],
             num_live_seqs=raw["num_live"],
@@ -202,6 +408,10 @@ class VirtualKVCache:
             background_pages=raw["background_pages"],
             adopted_pages=raw["adopted_pages"],
             reclaimed_pages=raw["reclaimed_pages"],
+            aliased_pages=raw["aliased_pages"],
+            cow_copies=raw["cow_copies"],
+            swap_out_pages=raw["swap_out_pages"],
+            swap_in_pages=raw["swap_in_pages"],
             stall_us=raw["stall_us"],
             num_steps=raw["num_steps"],
             live_byte_steps=raw["live_byte_steps"],
@@ -217,13 +427,39 @@ class VirtualKVCache:
         self._arena.resize(
             max_pages, _low_pages(self._config, max_pages), _high_pages(self._config, max_pages)
         )
+        raw = self._arena.stats()
+        if raw["created_pages"] > max_pages:
+            self._prefixes.index.evict(raw["created_pages"] - max_pages)
+
+    def try_sleep(self) -> bool:
+        self._check_awake()
+        live = list(self._slot_of)
+        if live:
+            self._sleeping = self._swap_out(live)
+            if self._sleeping is None:
+                return False
+        self._prefixes.index.flush()
+        self._arena.trim(0)
+        self._is_asleep = True
+        return True
+
+    def try_wake(self) -> bool:
+        if not self._is_asleep:
+            raise ConfigError("the cache is awake")
+        self._is_asleep = False
+        if self._sleeping is not None and not self._swap_in(self._sleeping):
+            self._is_asleep = True
+            return False
+        self._sleeping = None
+        return True
 
     def check_invariants(self) -> None:
-        self._arena.check_invariants()
+        self._core_arena.check_invariants(self._prefixes.page_ids())
+        self._prefixes.index.check_invariants()
 
     def close(self) -> None:
         self._views.clear()
-        self._arena.close()
+        self._core_arena.close()
 
     def __enter__(self) -> VirtualKVCache:
         return self
@@ -242,13 +478,68 @@ class VirtualKVCache:
             "send its config and make a new one"
         )
 
+    @property
+    def _arena(self) -> _core.KVArena:
+        self._check_awake()
+        return self._core_arena
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise ConfigError("the cache is asleep; wake it first")
+
     def _slots(self, seq_ids: Sequence[int]) -> list[int]:
         try:
             return list(map(self._slot_of.__getitem__, seq_ids))
         except KeyError as error:
+            seq_id = error.args[0]
+            self._check_awake()
+            if seq_id in self._swapped:
+                raise ConfigError(f"seq_id {seq_id} is swapped out; swap it in first") from None
             raise ConfigError(
-                f"seq_id {error.args[0]} is not live; {len(self._slot_of)} sequences are"
+                f"seq_id {seq_id} is not live; {len(self._slot_of)} sequences are"
             ) from None
+
+    def _check_new(self, seq_ids: Sequence[int]) -> None:
+        for seq_id in seq_ids:
+            if seq_id in self._len_of:
+                raise ConfigError(f"seq_id {seq_id} is live already")
+        if len(set(seq_ids)) != len(seq_ids):
+            raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
+
+    def _evicting(self, attempt: Callable[[], T]) -> T:
+        """Try until it works or nothing cached is left to evict for it; the last answer."""
+        while True:
+            answer = attempt()
+            if answer is not None and answer is not False:
+                return answer
+            shortage = self._core_arena.last_shortage()
+            if shortage == 0 or self._prefixes.index.evict(shortage) == 0:
+                return answer
+
+    def _prepare_write(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
+        """Copy what the new rows would share. A sequence may move to another slot by it."""
+        for seq_id, total in zip(seq_ids, num_tokens, strict=True):
+            if seq_id not in self._cut or total <= self._len_of[seq_id]:
+                continue
+            slot = self._slots((seq_id,))[0]
+            moved = self._evicting(lambda slot=slot: self._arena.prepare_write(slot))  # type: ignore[misc]
+            if moved is None:
+                return False
+            self._slot_of[seq_id] = moved
+            self._cut.discard(seq_id)
+        return True
+
+    def _keep_some_free(self) -> None:
+        """Evict what was not used for longest, so that the worker finds pages to commit ahead."""
+        config, page_bytes = self._config, self._layout.page_bytes
+        num_ahead = len(self._slot_of) * (config.commit_ahead_tokens + 1) * config.token_bytes
+        max_pages = config.capacity_bytes // page_bytes
+        wanted = (
+            _low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
+        )
+        lacking = min(wanted, max_pages // 2) - self._arena.available_pages()
+        if lacking > 0:
+            self._prefixes.index.evict(lacking)
 
     def _make_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         num_layers = len(self._config.layers)
@@ -310,6 +601,24 @@ def _high_pages(config: KVCacheConfig, max_pages: int) -> int:
 def _check_num_tokens(num_tokens: int) -> None:
     if num_tokens < 0:
         raise ConfigError(f"num_tokens is {num_tokens}; it must be 0 or more")
+
+
+def _check_reorder(
+    seq_ids: Sequence[int], parent_idx: Sequence[int], num_tokens: Sequence[int]
+) -> int:
+    """The length that all sequences have. Raises ``ConfigError`` for what cannot be reordered."""
+    if len(set(seq_ids)) != len(seq_ids):
+        raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
+    if len(parent_idx) != len(seq_ids) or any(
+        not 0 <= parent < len(seq_ids) for parent in parent_idx
+    ):
+        raise ConfigError(
+            f"parent_idx is {tuple(parent_idx)}; it must name one of {len(seq_ids)} sequences for "
+            "each of them"
+        )
+    if len(set(num_tokens)) > 1:
+        raise ConfigError(f"sequences to reorder have {tuple(num_tokens)} tokens; must be equal")
+    return num_tokens[0] if num_tokens else 0
 
 
 def _mixes_dtypes(config: KVCacheConfig) -> bool:

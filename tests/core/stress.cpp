@@ -200,7 +200,7 @@ void observe(KVArena& arena, const std::atomic<bool>& stop, unsigned seed) {
     require(stats.pool.num_created ==
                 stats.pool.num_free + stats.pool.num_in_use + stats.pool.num_retired,
             "created == free + in_use + retired does not hold");
-    static_cast<void>(arena.can_admit(pick(random, kMaxRows)));
+    static_cast<void>(arena.can_admit(1, pick(random, kMaxRows)));
     static_cast<void>(arena.mapped_rows(static_cast<std::uint32_t>(pick(random, 8))));
     if (pick(random, 4) == 0) arena.check_invariants();
     jitter(random);

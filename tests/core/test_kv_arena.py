@@ -352,14 +352,14 @@ class TestWatermarks:
     def test_admission_stops_below_low_while_others_run(self):
         arena = make_arena(max_pages=8, low_pages=3)
         a = admit(arena, 32)  # 4 of 8
-        assert not arena.can_admit(16)
+        assert not arena.can_admit(1, 16)
         assert admit(arena, 16) is None
-        assert arena.can_admit(8)
+        assert arena.can_admit(1, 8)
         assert extend(arena, a, 64)  # a running sequence may use everything
 
     def test_low_is_ignored_when_nothing_runs(self):
         arena = make_arena(max_pages=8, low_pages=8)
-        assert arena.can_admit(64)
+        assert arena.can_admit(1, 64)
         assert admit(arena, 64) is not None
 
     def test_commit_ahead_never_goes_below_low(self):

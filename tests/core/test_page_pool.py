@@ -23,10 +23,10 @@ def counts(pool):
     )
 
 
-def check(pool, live=(), retired=()):
-    size = 1 + max([*live, *retired, 0])
+def check(pool, live=(), retired=(), cached=()):
+    size = 1 + max([*live, *retired, *cached, 0])
     pool.check_invariants(
-        [list(live).count(i) for i in range(size)], [list(retired).count(i) for i in range(size)]
+        *([list(pages).count(i) for i in range(size)] for pages in (live, cached, retired))
     )
 
 

@@ -173,7 +173,7 @@ class TestStarvation:
         arena.end_step(arena.begin_step())
         arena.truncate(a, 0)
         driver.hold_fences(False)
-        assert arena.can_admit(32)
+        assert arena.can_admit(1, 32)
         assert admit(arena, 32) is not None
 
     def test_parked_pages_serve_when_the_machine_has_less_than_the_cap(self):
