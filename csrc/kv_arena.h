@@ -221,6 +221,7 @@ class KVArena {
   [[nodiscard]] std::size_t num_unused_pages(const Prefix& prefix) const;
   void mark_shared(std::uint32_t slot, std::size_t region, std::size_t num_pages);
   void unshare(std::uint32_t slot);
+  [[nodiscard]] bool try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first);
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
   [[nodiscard]] SwappedGroup pack_group(const Slots& slots) const;
   [[nodiscard]] bool acquire_group(Lock& lock, const SwappedGroup& group,

@@ -134,8 +134,9 @@ void KVArena::check_pages(const Slot& slot, std::size_t region) const {
                   "a slot has more pages than addresses");
   check_invariant(mapped.num_shared <= mapped.pages.size(), "more pages are shared than mapped");
   for (std::size_t i = mapped.num_shared; i < mapped.pages.size(); ++i) {
-    check_invariant(!pool_.is_shared(mapped.pages[i], i >= mapped.num_held()),
-                    "a page is shared that its slot takes for its own");
+    const bool is_own = i < mapped.num_held() ? !pool_.is_shared(mapped.pages[i], false)
+                                              : !pool_.is_in_use(mapped.pages[i]);
+    check_invariant(is_own, "a page is shared that its slot takes for its own");
   }
 }
 

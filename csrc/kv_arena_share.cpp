@@ -44,7 +44,7 @@ void KVArena::check_prefix(const Prefix& prefix, std::size_t num_rows) const {
                         std::to_string(r) + "; it must have " + std::to_string(num_full) +
                         (has_tail ? " and a tail" : " and no tail"));
     }
-    if (has_tail && !pool_.is_shared(prefix.tails[r], true)) {
+    if (has_tail && !pool_.is_in_use(prefix.tails[r])) {
       throw ConfigError("page " + std::to_string(prefix.tails[r]) +
                         " of a prefix is not in use any more");
     }
@@ -84,13 +84,22 @@ void KVArena::unshare(std::uint32_t slot) {
       --num_shared;
     }
     if (num_shared == mapped.num_shared) continue;
-    if (config_.protect_shared) {
-      driver_->protect(regions_[r]->page_address(slot, num_shared), mapped.num_shared - num_shared,
-                       Access::kReadWrite);
-    }
+    if (config_.protect_shared && !try_unprotect(slot, r, num_shared)) continue;
     mapped.num_shared = num_shared;
   }
   update_limits(entry);
+}
+
+/// Make the slot's pages from `first` to its last shared one writable again. If the driver will
+/// not, they go on counting as shared, and are copied before they are written.
+bool KVArena::try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first) {
+  const std::size_t num_pages = slots_[slot].regions[region].num_shared - first;
+  try {
+    driver_->protect(regions_[region]->page_address(slot, first), num_pages, Access::kReadWrite);
+  } catch (const DriverError&) {
+    return false;
+  }
+  return true;
 }
 
 std::optional<KVArena::Slots> KVArena::try_fork(std::uint32_t parent, std::size_t num_children,

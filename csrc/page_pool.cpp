@@ -218,8 +218,13 @@ void PagePool::uncache_all() {
 
 bool PagePool::is_shared(PageId page, bool is_retired) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (page >= pages_.size()) return false;
-  return pages_[page].live + pages_[page].cached > (is_retired ? 0U : 1U);
+  const Page& entry = pages_[page];
+  return entry.live + entry.cached + (is_retired ? entry.retired : 0) > 1;
+}
+
+bool PagePool::is_in_use(PageId page) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return page < pages_.size() && pages_[page].live + pages_[page].cached > 0;
 }
 
 std::uint32_t PagePool::num_live(PageId page) const {

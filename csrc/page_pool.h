@@ -52,8 +52,10 @@ class PagePool {
   void uncache_all();                         ///< Drop every cached reference: the index is gone.
   bool uncache(PageId page);  ///< Drop a cached reference; true if the page is free by it.
 
-  /// True if live or cached references other than the caller's one live (or retired) one exist.
+  /// True if somebody else may read the page, or take it back as theirs: there are live or cached
+  /// references beside the caller's live one, or any beside the caller's retired one.
   [[nodiscard]] bool is_shared(PageId page, bool is_retired) const;
+  [[nodiscard]] bool is_in_use(PageId page) const;  ///< It has a live or cached reference.
   [[nodiscard]] std::uint32_t num_live(PageId page) const;
 
   void release(PageId page);  ///< Drop a live reference whose mapping is gone already.

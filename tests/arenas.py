@@ -45,7 +45,10 @@ def pages(arena):
     """(committed, ahead, parked, free, retired)."""
     stats = arena.stats()
     assert stats["in_use_pages"] == (
-        stats["committed_pages"] + stats["ahead_pages"] + stats["parked_pages"]
+        stats["committed_pages"]
+        + stats["ahead_pages"]
+        + stats["parked_pages"]
+        + stats["cached_pages"]
     )
     return tuple(
         stats[name]

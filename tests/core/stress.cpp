@@ -13,6 +13,7 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -59,7 +60,9 @@ ArenaConfig make_config(Random& random) {
   config.layers.assign(5, {3, 40, 40, 4});  // 4,800 bytes a token: rows straddle pages
   config.layers_per_group = 1 + pick(random, 5);
   config.kv_split = pick(random, 2) == 0;
-  config.num_slots = 8;
+  config.num_slots = 16;
+  config.swap_bytes = pick(random, 2) == 0 ? 100 * kPageBytes : 2000 * kPageBytes;
+  config.protect_shared = pick(random, 2) == 0;
   config.max_rows = kMaxRows;
   config.max_pages = 60 + pick(random, 200);
   config.low_pages = pick(random, 10);
@@ -79,13 +82,19 @@ class Engine {
     for (std::size_t i = 0; i < kNumOperations; ++i) {
       jitter(random_);
       operate();
+      if (pick(random_, 4) == 0) arena_.check_invariants(cached_);
     }
     while (!live_.empty()) release(live_.begin()->first);
+    while (!swapped_.empty()) {
+      arena_.drop_swapped(swapped_.begin()->first);
+      swapped_.erase(swapped_.begin());
+    }
+    uncache();
   }
 
  private:
   void operate() {
-    switch (pick(random_, 12)) {
+    switch (pick(random_, 17)) {
       case 0:
       case 1:
         admit();
@@ -108,6 +117,21 @@ class Engine {
       case 7:
         driver_.hold_fences(pick(random_, 2) == 0);
         break;
+      case 8:
+        if (!live_.empty()) fork(any());
+        break;
+      case 9:
+        swap_out();
+        break;
+      case 10:
+        if (!swapped_.empty()) swap_in();
+        break;
+      case 11:
+        if (!live_.empty()) cache(any());
+        break;
+      case 12:
+        uncache();
+        break;
       default:
         step();
         break;
@@ -126,6 +150,7 @@ class Engine {
 
   void step() {
     const vmalloc::Epoch epoch = arena_.begin_step();
+    if (!prepare_writes()) return arena_.end_step(epoch, 0);
     std::vector<std::int64_t> slots, rows;
     for (const auto& [slot, values] : live_) {
       slots.push_back(slot);
@@ -146,18 +171,101 @@ class Engine {
     std::vector<float>& values = live_[slot];
     values.resize(pick(random_, values.size() + 1));
     arena_.truncate(slot, values.size());
+    cut_.insert(slot);
   }
 
-  void release(std::uint32_t slot) {
+  /// What was cut short may end in a shared page: let it move to a slot of its own.
+  bool prepare_writes() {
+    while (!cut_.empty()) {
+      const std::uint32_t slot = *cut_.begin();
+      if (live_.count(slot) != 0) {
+        const auto moved = arena_.prepare_write(slot);
+        if (!moved) return false;
+        if (*moved != slot) {
+          require(live_.count(*moved) == 0, "a sequence moved into a live slot");
+          live_[*moved] = std::move(live_[slot]);
+          live_.erase(slot);
+        }
+      }
+      cut_.erase(slot);
+    }
+    return true;
+  }
+
+  void fork(std::uint32_t parent) {
+    const std::size_t num_rows = pick(random_, live_[parent].size() + 1);
+    const auto children = arena_.try_fork(parent, 1 + pick(random_, 2), num_rows);
+    if (!children) return;
+    for (const std::uint32_t child : *children) {
+      require(live_.count(child) == 0, "a live slot was given to a child");
+      live_[child].assign(live_[parent].begin(),
+                          live_[parent].begin() + static_cast<std::ptrdiff_t>(num_rows));
+      check(child);
+    }
+  }
+
+  void swap_out() {
+    KVArena::Slots slots;
+    for (const auto& entry : live_) {
+      if (pick(random_, 2) == 0) slots.push_back(entry.first);
+    }
+    for (const std::uint32_t slot : slots) check(slot);
+    const auto group = arena_.try_swap_out(slots);
+    if (!group) return;
+    for (const std::uint32_t slot : slots) {
+      swapped_[*group].push_back(live_[slot]);
+      live_.erase(slot);
+      cut_.erase(slot);
+    }
+    swapped_[*group];
+  }
+
+  void swap_in() {
+    const std::uint64_t group = swapped_.begin()->first;
+    const auto slots = arena_.try_swap_in(group);
+    if (!slots) return;
+    for (std::size_t i = 0; i < slots->size(); ++i) {
+      const std::uint32_t slot = (*slots)[i];
+      require(live_.count(slot) == 0, "a group came back into a live slot");
+      live_[slot] = swapped_[group][i];
+      cut_.insert(slot);  // it may have been cut before it went
+      check(slot);
+    }
+    swapped_.erase(group);
+  }
+
+  /// Refer to the first whole pages of a slot from outside, as the prefix index does.
+  void cache(std::uint32_t slot) {
+    for (std::size_t r = 0; r < arena_.num_regions(); ++r) {
+      const auto region = arena_.region(r);
+      const std::size_t num_full = live_[slot].size() * region->row_bytes() / kPageBytes;
+      for (std::size_t i = 0; i < std::min<std::size_t>(num_full, 3); ++i) {
+        cached_.push_back(arena_.page_ids(slot, {r}, {i})[0]);
+        arena_.cache_pages(slot, {r}, {i});
+      }
+    }
+  }
+
+  void uncache() {
+    static_cast<void>(arena_.uncache_pages(cached_));
+    cached_.clear();
+  }
+
+  void check(std::uint32_t slot) {
     const std::vector<float>& values = live_[slot];
     for (std::size_t row = 0; row < values.size(); ++row) {
       for_each_cell(slot, row, [&](const float* cell) {
         require(*cell == values[row], "a row of a live sequence changed");
       });
     }
+  }
+
+  void release(std::uint32_t slot) {
+    check(slot);
     const std::int64_t id = slot;
     arena_.free(&id, 1);
     live_.erase(slot);
+    cut_.erase(slot);
   }
 
   std::uint32_t any() {
@@ -190,6 +298,9 @@ class Engine {
   vmalloc::FaultDriver& driver_;
   Random random_;
   std::map<std::uint32_t, std::vector<float>> live_;
+  std::set<std::uint32_t> cut_;  // truncated since they were last written
+  std::map<std::uint64_t, std::vector<std::vector<float>>> swapped_;
+  std::vector<vmalloc::PageId> cached_;
   float next_value_ = 1;
 };
 
@@ -201,8 +312,7 @@ void observe(KVArena& arena, const std::atomic<bool>& stop, unsigned seed) {
                 stats.pool.num_free + stats.pool.num_in_use + stats.pool.num_retired,
             "created == free + in_use + retired does not hold");
     static_cast<void>(arena.can_admit(1, pick(random, kMaxRows)));
-    static_cast<void>(arena.mapped_rows(static_cast<std::uint32_t>(pick(random, 8))));
-    if (pick(random, 4) == 0) arena.check_invariants();
+    static_cast<void>(arena.mapped_rows(static_cast<std::uint32_t>(pick(random, 16))));
     jitter(random);
   }
 }
