@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64 - 1
 MAX_PENALTY = 2.0
 """Largest presence and frequency penalty, either way; OpenAI's limit."""
+MAX_LENGTH_PENALTY = 10.0
+"""Largest either way: lengths to a larger power leave the range of floats."""
 
 _BOOLS = (
     "use_beam_search",
@@ -162,8 +164,11 @@ def _check_ranges(params: SamplingParams) -> None:
             raise ConfigError(
                 f"{name} is {value}; it must be between {-MAX_PENALTY} and {MAX_PENALTY}"
             )
-    if not math.isfinite(params.length_penalty):
-        raise ConfigError(f"length_penalty is {params.length_penalty}; it must be finite")
+    if not abs(params.length_penalty) <= MAX_LENGTH_PENALTY:
+        raise ConfigError(
+            f"length_penalty is {params.length_penalty}; it must be between "
+            f"{-MAX_LENGTH_PENALTY} and {MAX_LENGTH_PENALTY}"
+        )
 
 
 def _check_stops(params: SamplingParams) -> None:

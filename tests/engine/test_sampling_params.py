@@ -32,7 +32,7 @@ BEAMS = {"use_beam_search": True, "n": 2, "temperature": 0.0}
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"presence_penalty": 2.1}, "presence_penalty is 2.1.*-2.0 and 2.0"),
         ({"frequency_penalty": -3}, "frequency_penalty is -3"),
-        ({"length_penalty": float("inf")}, "length_penalty is inf.*finite"),
+        ({"length_penalty": float("inf")}, "length_penalty is inf.*10.0"),
         ({"length_penalty": None}, "length_penalty is None.*number"),
         ({"early_stopping": "always"}, "early_stopping is 'always'"),
         ({"early_stopping": 1}, "early_stopping is 1"),
