@@ -30,8 +30,8 @@ struct CacheRows {
 
 /// Where a packed batch lies. Sequence i is packed rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]); its
 /// tokens are rows [0, seqused_k[i]) of slot cache_batch_idx[i], the new ones last.
-/// With a block table, row j is row j % num_rows of block block_table[i][j / num_rows] instead, and
-/// cache_batch_idx is not read; entries past the sequence's last row are not read either.
+/// With a block table, row j is row j % num_rows of block block_table[i][j / num_rows] instead and
+/// cache_batch_idx means nothing; entries past the sequence's last row are never read.
 /// Packed rows past cu_seqlens_q[batch] are padding.
 struct VarlenBatch {
   const std::int32_t* cu_seqlens_q;     // [batch + 1]
@@ -39,9 +39,9 @@ struct VarlenBatch {
   const std::int32_t* cache_batch_idx;  // [batch]
   std::int64_t batch;
   std::int64_t total_q;
-  std::int64_t num_slots;  // or blocks
-  std::int64_t num_rows;   // of a slot, or of a block
-  bool by_block_table;
+  std::int64_t num_slots;           // or blocks
+  std::int64_t num_rows;            // of a slot, or of a block
+  bool by_block_table;              // else the rest is 0
   const std::int32_t* block_table;  // [batch][max_blocks]; null where it has no entries
   std::int64_t block_table_stride;  // entries from one sequence's to the next one's
   std::int64_t max_blocks;

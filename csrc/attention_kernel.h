@@ -30,9 +30,9 @@ struct AttentionTask {
   const AttentionTask* next = nullptr;  // what its thread will likely run after it, or null
 };
 
-/// The row of sequence `index` in the block table; null where there is none.
+/// The row of sequence `index` in the block table; null where it has no entries.
 static inline const std::int32_t* blocks_of(const VarlenBatch& batch, std::int64_t index) {
-  return batch.by_block_table ? batch.block_table + index * batch.block_table_stride : nullptr;
+  return batch.max_blocks > 0 ? batch.block_table + index * batch.block_table_stride : nullptr;
 }
 
 /// Where a task keeps what it computes; all offsets count floats from one 64-byte-aligned block.

@@ -287,11 +287,12 @@ def test_append_kv_writes_the_new_rows_and_no_others(
     assert torch.equal(v_blocks, v_expected)
 
 
-def test_empty_batches_and_empty_sequences_are_fine() -> None:
+@pytest.mark.parametrize("max_blocks", [0, 1])
+def test_empty_batches_and_empty_sequences_are_fine(max_blocks: int) -> None:
     k_blocks, v_blocks = make_caches(2, 16, 1, 8, torch.float32)
     nothing = torch.empty(0, 2, 8)
-    for view in (make_view([], [], []), make_view([0, 0], [0, 9], [0, 0])):
-        table = torch.zeros(view.seqused_k.numel(), 1, dtype=torch.int32)
+    for view in (make_view([], [], []), make_view([0, 0], [0, 9 * max_blocks], [0, 0])):
+        table = torch.zeros(view.seqused_k.numel(), max_blocks, dtype=torch.int32)
         by_table = replace(view, block_table=table)
         append_kv(nothing[:, :1], nothing[:, :1], k_blocks, v_blocks, by_table)
         out = varlen_attention(nothing, k_blocks, v_blocks, by_table, softmax_scale=1.0)
