@@ -2,7 +2,9 @@
 
 Decode: 32 sequences of lognormal lengths (mean 400), one new token each, one layer. Between timed
 calls the layers of a cache larger than the CPU's own caches take turns, as they do in a model.
-Prefill: one prompt. Contenders run in turns (A B C A B C ...), so drift hits all of them alike.
+Prefill: one prompt. The same rows also lie in shuffled blocks, for our kernel by block table.
+Contenders run in rounds, each round in another order: drift hits all of them alike, and none always
+runs right after another's code has left the caches.
 
 Owns: nothing.  Thread-safety: single-threaded; sets torch's and the core's thread counts.
 """
@@ -16,10 +18,11 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +44,12 @@ HEAD_DIM = 64
 SHAPES = [(12, 4), (4, 2)]  # query heads, KV heads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPTS = [512, 1024]
+BLOCK_SIZES = [16, 128]
 # Cache bytes that a round of decode calls walks through: more than the last-level cache holds.
 COLD_BYTES = 128 << 20
 
 Contender = Callable[[int], Tensor]  # takes the layer's index
+Layers = list[tuple[Tensor, Tensor]]  # K and V of each
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Timing:
 class Result:
     """One workload; ``speedup`` is the best SDPA variant's median over ours.
 
+    ``block_table`` is, by block size, the block-table kernel's median over the contiguous one's.
     ``speedup_of_minima`` compares the fastest calls: on a busy machine the medians of calls longer
     than a scheduler slice also count the time of other programs.
     """
@@ -78,6 +84,7 @@ class Result:
     best_sdpa: str
     speedup: float
     speedup_of_minima: float
+    block_table: dict[int, float]
 
 
 def main() -> None:
@@ -115,10 +122,7 @@ def bench_decode(
     element = DTYPES[dtype].itemsize
     layer_bytes = 2 * sum(lengths) * num_kv_heads * HEAD_DIM * element
     num_layers = max(2, -(-COLD_BYTES // layer_bytes))
-    layers = [
-        tuple(torch.randn(BATCH, ROWS, num_kv_heads, HEAD_DIM, dtype=DTYPES[dtype]) for _ in "kv")
-        for _ in range(num_layers)
-    ]
+    layers = make_layers(num_layers, BATCH, num_kv_heads, DTYPES[dtype])
     query = torch.randn(BATCH, num_heads, HEAD_DIM).to(DTYPES[dtype])
     view = make_view([1] * BATCH, lengths)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])[:, None, None]
@@ -156,6 +160,7 @@ def bench_decode(
     plain, folded = (num_heads, 1), (num_kv_heads, group)
     contenders: dict[str, Contender] = {
         "vmalloc": ours,
+        **block_contenders(query, layers, view, scale),
         "sdpa row loop, enable_gqa": lambda layer: row_loop(layer, plain),
         "sdpa row loop, folded": lambda layer: row_loop(layer, folded),
         "sdpa padded, enable_gqa": lambda layer: padded(layer, plain),
@@ -175,14 +180,14 @@ def bench_prefill(
 ) -> Result:
     """One prompt of ``length`` tokens against its own keys, causal."""
     torch.manual_seed(arguments.seed)
-    k_cache, v_cache = (
-        torch.randn(1, ROWS, num_kv_heads, HEAD_DIM, dtype=DTYPES[dtype]) for _ in "kv"
-    )
+    layers = make_layers(1, 1, num_kv_heads, DTYPES[dtype])
+    [(k_cache, v_cache)] = layers
     query = torch.randn(length, num_heads, HEAD_DIM).to(DTYPES[dtype])
     view = make_view([length], [length])
+    scale = HEAD_DIM**-0.5
 
     def ours(_layer: int) -> Tensor:
-        return varlen_attention(query, k_cache, v_cache, view, softmax_scale=HEAD_DIM**-0.5)
+        return varlen_attention(query, k_cache, v_cache, view, softmax_scale=scale)
 
     def sdpa(_layer: int) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -193,9 +198,46 @@ def bench_prefill(
             enable_gqa=True,
         )[0].transpose(0, 1)
 
-    contenders: dict[str, Contender] = {"vmalloc": ours, "sdpa causal, enable_gqa": sdpa}
+    contenders: dict[str, Contender] = {
+        "vmalloc": ours,
+        **block_contenders(query, layers, view, scale),
+        "sdpa causal, enable_gqa": sdpa,
+    }
     shape = (num_heads, num_kv_heads, HEAD_DIM, dtype, threads, length)
     return measure("prefill", shape, contenders, 1, max(5, arguments.repeats // 2))
+
+
+def block_name(block_size: int) -> str:
+    return f"vmalloc, blocks of {block_size}"
+
+
+def block_contenders(
+    query: Tensor, layers: Layers, view: KVBatchView, scale: float
+) -> dict[str, Contender]:
+    """Our kernel by block table over copies of the same rows, one contender per block size."""
+
+    def contender(block_size: int) -> Contender:
+        copies, by_table = in_blocks(layers, view, block_size)
+        return lambda layer: varlen_attention(query, *copies[layer], by_table, softmax_scale=scale)
+
+    return {block_name(size): contender(size) for size in BLOCK_SIZES}
+
+
+def in_blocks(layers: Layers, view: KVBatchView, block_size: int) -> tuple[Layers, KVBatchView]:
+    """Every sequence's rows in blocks taken from a pool in random order."""
+    counts = [-(-length // block_size) for length in view.seqused_k.tolist()]
+    pool = torch.randperm(sum(counts))
+    table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+    for row, blocks in zip(table, pool.split(counts), strict=True):
+        row[: len(blocks)] = blocks
+
+    def copied(cache: Tensor) -> Tensor:
+        blocks = cache.unflatten(1, (ROWS // block_size, block_size))
+        used = torch.cat([rows[:count] for rows, count in zip(blocks, counts, strict=True)])
+        return torch.empty_like(used).index_copy_(0, pool, used)
+
+    copies = [(copied(k_cache), copied(v_cache)) for k_cache, v_cache in layers]
+    return copies, replace(view, block_table=table)
 
 
 def measure(
@@ -205,22 +247,25 @@ def measure(
     num_layers: int,
     repeats: int,
 ) -> Result:
-    """Time the contenders in turns, each on the next layer, after one call of each to compare."""
+    """Time the contenders in rounds, each on the next layer, after one call of each to compare."""
     ours, *others = [call(0).float() for call in contenders.values()]
     max_error = max((ours - other).abs().max().item() for other in others)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     layer = 0
+    order = random.Random(0)
     for _ in range(repeats):
-        for name, call in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
             layer = (layer + 1) % num_layers
             start = time.perf_counter()
-            call(layer)
+            contenders[name](layer)
             samples[name].append((time.perf_counter() - start) * 1e6)
     timings = [
         Timing(name, statistics.median(times), min(times), max(times))
         for name, times in samples.items()
     ]
-    best = min(timings[1:], key=lambda timing: timing.median_us)
+    of_sdpa = [timing for timing in timings if timing.name.startswith("sdpa")]
+    best = min(of_sdpa, key=lambda timing: timing.median_us)
+    medians = {timing.name: timing.median_us for timing in timings}
     num_heads, num_kv_heads, head_dim, dtype, threads, tokens = shape
     return Result(
         phase,
@@ -235,8 +280,16 @@ def measure(
         timings,
         best.name,
         best.median_us / timings[0].median_us,
-        min(timing.min_us for timing in timings[1:]) / timings[0].min_us,
+        min(timing.min_us for timing in of_sdpa) / timings[0].min_us,
+        {size: medians[block_name(size)] / timings[0].median_us for size in BLOCK_SIZES},
     )
+
+
+def make_layers(num: int, batch: int, num_kv_heads: int, dtype: torch.dtype) -> Layers:
+    def cache() -> Tensor:
+        return torch.randn(batch, ROWS, num_kv_heads, HEAD_DIM, dtype=dtype)
+
+    return [(cache(), cache()) for _ in range(num)]
 
 
 def ragged_lengths(seed: int) -> list[int]:
@@ -266,12 +319,14 @@ def make_table(results: list[Result]) -> Table:
         "threads",
         "contender",
         "us",
+        "block table / contiguous",
         "best SDPA / ours",
         "of minima",
     ):
-        right = column in ("threads", "us", "best SDPA / ours", "of minima")
-        table.add_column(column, justify="right" if right else "left")
+        left = column in ("workload", "heads", "dtype", "contender")
+        table.add_column(column, justify="left" if left else "right")
     for result in results:
+        over_contiguous = {block_name(size): x for size, x in result.block_table.items()}
         for i, timing in enumerate(result.timings):
             first = i == 0
             table.add_row(
@@ -281,6 +336,7 @@ def make_table(results: list[Result]) -> Table:
                 str(result.threads) if first else "",
                 timing.name + (" *" if timing.name == result.best_sdpa else ""),
                 f"{timing.median_us:.0f} ({timing.min_us:.0f}..{timing.max_us:.0f})",
+                f"{over_contiguous[timing.name]:.2f}" if timing.name in over_contiguous else "",
                 f"{result.speedup:.2f}" if first else "",
                 f"{result.speedup_of_minima:.2f}" if first else "",
                 end_section=i + 1 == len(result.timings),

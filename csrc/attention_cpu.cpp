@@ -1,4 +1,4 @@
-// attention_cpu.cpp: checks a batch, cuts it into tasks and hands them to the best kernel.
+// attention_cpu.cpp: cuts a checked batch into tasks and hands them to the best kernel.
 // Owns: per calling thread, scratch memory that only grows.  Thread-safety: see attention_cpu.h.
 #include "attention_cpu.h"
 
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_check.h"
 #include "attention_kernel.h"
 #include "error.h"
 #include "thread_pool.h"
@@ -25,64 +26,6 @@ constexpr std::int64_t kTaskRows = 96;
 constexpr std::int64_t kWorthSharing = 1 << 20;
 constexpr std::size_t kAppendBytesWorthSharing = 1 << 18;
 constexpr std::int64_t kTasksPerThread = 4;
-
-[[noreturn]] void fail(const std::string& what, std::int64_t value, const std::string& limit) {
-  throw ConfigError(what + " is " + std::to_string(value) + ", must be " + limit);
-}
-
-std::string between(std::int64_t low, std::int64_t high) {
-  return "in [" + std::to_string(low) + ", " + std::to_string(high) + "]";
-}
-
-void check_batch(const VarlenBatch& batch) {
-  const std::int32_t* cu = batch.cu_seqlens_q;
-  if (batch.batch > 0 && cu[0] != 0) fail("cu_seqlens_q[0]", cu[0], "0");
-  for (std::int64_t i = 0; i < batch.batch; ++i) {
-    const auto name = [&](const char* of) { return of + ("[" + std::to_string(i) + "]"); };
-    const std::int64_t q_len = std::int64_t{cu[i + 1]} - cu[i];
-    const std::int64_t used = batch.seqused_k[i];
-    const std::int64_t slot = batch.cache_batch_idx[i];
-    if (q_len < 0) {
-      fail("cu_seqlens_q[" + std::to_string(i + 1) + "]", cu[i + 1],
-           "at least the entry before it, " + std::to_string(cu[i]));
-    }
-    if (used < q_len || used > batch.num_rows) {
-      fail(name("seqused_k"), used,
-           between(q_len, batch.num_rows) + ": from its new tokens to the rows of a slot");
-    }
-    if (slot < 0 || slot >= batch.num_slots) {
-      fail(name("cache_batch_idx"), slot, between(0, batch.num_slots - 1));
-    }
-  }
-  const std::int64_t last = batch.batch > 0 ? cu[batch.batch] : 0;
-  if (last > batch.total_q) {
-    fail("cu_seqlens_q[" + std::to_string(batch.batch) + "]", last,
-         "at most the packed rows, " + std::to_string(batch.total_q));
-  }
-}
-
-void check_head_dim(const char* name, std::int64_t head_dim) {
-  if (head_dim < kHeadDimMultiple || head_dim > kMaxHeadDim || head_dim % kHeadDimMultiple != 0) {
-    fail(name, head_dim, "a multiple of 8 " + between(kHeadDimMultiple, kMaxHeadDim));
-  }
-}
-
-void check_args(const AttentionArgs& args) {
-  check_head_dim("k_head_dim", args.k_head_dim);
-  check_head_dim("v_head_dim", args.v_head_dim);
-  if (args.num_kv_heads < 1) fail("num_kv_heads", args.num_kv_heads, "at least 1");
-  if (args.num_heads < 1 || args.num_heads % args.num_kv_heads != 0) {
-    fail("num_heads", args.num_heads,
-         "a multiple of num_kv_heads, " + std::to_string(args.num_kv_heads));
-  }
-  if (args.window_left < -1) {
-    fail("window_left", args.window_left, "at least 0, or -1 for no window");
-  }
-  if (!(args.softcap >= 0.0F)) {
-    throw ConfigError("softcap is " + std::to_string(args.softcap) + ", must be at least 0");
-  }
-  check_batch(args.batch);
-}
 
 struct FreeDeleter {
   void operator()(float* memory) const { std::free(memory); }
@@ -143,6 +86,7 @@ void add_sequence_tasks(const AttentionArgs& args, std::int64_t index, std::int6
       task.num_positions = std::min(positions, q_len - from);
       task.first_position = cached + from;
       task.slot = args.batch.cache_batch_idx[index];
+      task.blocks = blocks_of(args.batch, index);
       task.first_kv_head = head;
       task.num_kv_heads = std::min(heads, args.num_kv_heads - head);
       task.cost = visible_keys(args, task.first_position, task.num_positions) * task.num_kv_heads;
@@ -232,8 +176,10 @@ const char* attention_isa() { return kernel().isa; }
 
 void varlen_attention(const AttentionArgs& args) {
   check_args(args);
+  const AttentionKernel::Runs& runs =
+      args.batch.by_block_table ? kernel().block_table : kernel().contiguous;
   const AttentionKernel::Run run =
-      args.dtype == AttentionDtype::kFloat32 ? kernel().float32 : kernel().bfloat16;
+      args.dtype == AttentionDtype::kFloat32 ? runs.float32 : runs.bfloat16;
   zero_padding_rows(args);
   const std::int64_t cost = total_cost(args);
   const bool worth_sharing = cost * (args.k_head_dim + args.v_head_dim) >= kWorthSharing;
@@ -278,8 +224,14 @@ void append_kv(const AppendArgs& args) {
     const std::int64_t first = batch.cu_seqlens_q[index];
     const std::int64_t end = batch.cu_seqlens_q[index + 1];
     const std::int64_t shift = batch.seqused_k[index] - end;  // packed row -> cache row
-    for (std::int64_t row = first; row < end; ++row) {
-      append_token(args, row, batch.cache_batch_idx[index], row + shift);
+    const std::int32_t* blocks = blocks_of(batch, index);
+    for (std::int64_t packed = first; packed < end; ++packed) {
+      const std::int64_t row = packed + shift;
+      if (!batch.by_block_table) {
+        append_token(args, packed, batch.cache_batch_idx[index], row);
+      } else {
+        append_token(args, packed, blocks[row / batch.num_rows], row % batch.num_rows);
+      }
     }
   };
   const std::int64_t new_rows = batch.batch > 0 ? batch.cu_seqlens_q[batch.batch] : 0;

@@ -1,4 +1,4 @@
-// attention_cpu.h: causal attention and cache writes over contiguous KV rows in CPU memory.
+// attention_cpu.h: causal attention and cache writes in CPU memory, by slot or by block table.
 // Owns: nothing; callers own all memory.  Thread-safety: every function, from any thread, as long
 // as no call writes rows that another one reads.
 #pragma once
@@ -20,15 +20,18 @@ struct PackedRows {
 };
 
 /// K or V of one layer, `[num_slots, num_rows, num_kv_heads, head_dim]`; strides count elements.
+/// With a block table: `[num_blocks, block_size, num_kv_heads, head_dim]`.
 struct CacheRows {
   void* data;
-  std::int64_t slot_stride;
+  std::int64_t slot_stride;  // or of blocks
   std::int64_t row_stride;
   std::int64_t head_stride;
 };
 
 /// Where a packed batch lies. Sequence i is packed rows [cu_seqlens_q[i], cu_seqlens_q[i + 1]); its
 /// tokens are rows [0, seqused_k[i]) of slot cache_batch_idx[i], the new ones last.
+/// With a block table, row j is row j % num_rows of block block_table[i][j / num_rows] instead and
+/// cache_batch_idx means nothing; entries past the sequence's last row are never read.
 /// Packed rows past cu_seqlens_q[batch] are padding.
 struct VarlenBatch {
   const std::int32_t* cu_seqlens_q;     // [batch + 1]
@@ -36,8 +39,12 @@ struct VarlenBatch {
   const std::int32_t* cache_batch_idx;  // [batch]
   std::int64_t batch;
   std::int64_t total_q;
-  std::int64_t num_slots;
-  std::int64_t num_rows;
+  std::int64_t num_slots;           // or blocks
+  std::int64_t num_rows;            // of a slot, or of a block
+  bool by_block_table;              // else the rest is 0
+  const std::int32_t* block_table;  // [batch][max_blocks]; null where it has no entries
+  std::int64_t block_table_stride;  // entries from one sequence's to the next one's
+  std::int64_t max_blocks;
 };
 
 struct AttentionArgs {
@@ -72,13 +79,13 @@ struct AppendArgs {
 /// Attend each query to the rows of its own sequence up to its own position; padding rows give 0.
 ///
 /// A row's result is the same to the last bit whatever else the batch holds, however the sequence
-/// is cut into calls, whatever the slot and the number of threads (on one instruction set). Reads
-/// rows [0, seqused_k) only. Throws ConfigError on shapes it cannot run and on an index out of
-/// range.
+/// is cut into calls, whatever the slot or blocks and the number of threads (on one instruction
+/// set). Reads rows [0, seqused_k) only. Throws ConfigError on shapes it cannot run and on an index
+/// out of range.
 void varlen_attention(const AttentionArgs& args);
 
-/// Copy the packed new rows to rows [seqused_k - q_len, seqused_k) of their slots.
-/// Requires: no slot twice.  Throws ConfigError as above, before anything is written.
+/// Copy the packed new rows to rows [seqused_k - q_len, seqused_k) of their sequences.
+/// Requires: no row twice.  Throws ConfigError as above, before anything is written.
 void append_kv(const AppendArgs& args);
 
 /// The instruction set in use: "portable", "avx2" or "avx512". The environment variable

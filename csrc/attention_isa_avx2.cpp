@@ -101,6 +101,6 @@ inline Vec second_bf16(Vec word) {
 
 namespace vmalloc {
 
-const AttentionKernel kAttentionAvx2 = {"avx2", &run_task<float>, &run_task<Bf16>};
+const AttentionKernel kAttentionAvx2 = {"avx2", kContiguousRuns, kBlockTableRuns};
 
 }  // namespace vmalloc

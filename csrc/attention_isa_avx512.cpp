@@ -116,6 +116,6 @@ inline Vec second_bf16(Vec word) {
 
 namespace vmalloc {
 
-const AttentionKernel kAttentionAvx512 = {"avx512", &run_task<float>, &run_task<Bf16>};
+const AttentionKernel kAttentionAvx512 = {"avx512", kContiguousRuns, kBlockTableRuns};
 
 }  // namespace vmalloc

@@ -101,6 +101,6 @@ inline Vec second_bf16(Vec word) { return from_bits(bits_of(word) & ~0xffff); }
 
 namespace vmalloc {
 
-const AttentionKernel kAttentionPortable = {"portable", &run_task<float>, &run_task<Bf16>};
+const AttentionKernel kAttentionPortable = {"portable", kContiguousRuns, kBlockTableRuns};
 
 }  // namespace vmalloc

@@ -23,11 +23,17 @@ struct AttentionTask {
   std::int64_t num_positions;
   std::int64_t first_position;  // in the sequence, of the first query
   std::int64_t slot;
+  const std::int32_t* blocks;  // its sequence's row of the block table, if there is one
   std::int64_t first_kv_head;
   std::int64_t num_kv_heads;
   std::int64_t cost;                    // comparable between tasks of one call
   const AttentionTask* next = nullptr;  // what its thread will likely run after it, or null
 };
+
+/// The row of sequence `index` in the block table; null where it has no entries.
+static inline const std::int32_t* blocks_of(const VarlenBatch& batch, std::int64_t index) {
+  return batch.max_blocks > 0 ? batch.block_table + index * batch.block_table_stride : nullptr;
+}
 
 /// Where a task keeps what it computes; all offsets count floats from one 64-byte-aligned block.
 struct ScratchLayout {
@@ -59,9 +65,13 @@ static inline ScratchLayout scratch_layout(std::int64_t rows, std::int64_t k_hea
 
 struct AttentionKernel {
   using Run = void (*)(const AttentionArgs& args, const AttentionTask& task, float* scratch);
+  struct Runs {
+    Run float32;
+    Run bfloat16;
+  };
   const char* isa;
-  Run float32;
-  Run bfloat16;
+  Runs contiguous;
+  Runs block_table;
 };
 
 extern const AttentionKernel kAttentionPortable;

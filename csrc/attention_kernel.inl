@@ -10,6 +10,7 @@
 // the same code on one position. tests/core/test_attention_cpu.py holds it to that, bit by bit.
 
 #include "attention_math.inl"
+#include "attention_rows.inl"
 #include "attention_tile.inl"
 
 namespace vmalloc {
@@ -19,7 +20,8 @@ namespace {
 constexpr std::int64_t kMostRowsThatWait = 4 * kBlockRows;
 
 // What one task works on: its rows are (kv head, position, query head of the group), in that order.
-template <typename T>
+// `Tile` finds K and V rows: SlotTile or BlockTile.
+template <typename T, typename Tile>
 class TaskRunner {
  public:
   TaskRunner(const AttentionArgs& args, const AttentionTask& task, float* scratch)
@@ -29,19 +31,31 @@ class TaskRunner {
         head_rows_(task.num_positions * group_),
         layout_(scratch_layout(head_rows_ * task.num_kv_heads, args.k_head_dim, args.v_head_dim)),
         scratch_(scratch),
-        first_key_(first_key(task.first_position)),
         end_key_(task.first_position + task.num_positions) {}
 
   void run() {
     load_queries();
-    for (std::int64_t tile = first_key_ / kTileKeys * kTileKeys; tile < end_key_;
-         tile += kTileKeys) {
+    locate(task_, first_tile(task_), here_);
+    for (std::int64_t tile = first_tile(task_); tile < end_key_; tile += kTileKeys) {
+      locate_next(tile);
       for (std::int64_t head = 0; head < task_.num_kv_heads; ++head) visit_tile(tile, head);
+      LocatedTile* const visited = here_;
+      here_ = next_;
+      next_ = visited;
     }
     store_outputs();
   }
 
  private:
+  using Rows = typename Tile::Rows;
+
+  // A tile of some task's sequence; span.end is 0 where there is none.
+  struct LocatedTile {
+    TileSpan span;
+    Tile k;
+    Tile v;
+  };
+
   // Keys [first_key(position), position] are visible to a query at `position`.
   std::int64_t first_key(std::int64_t position) const {
     const bool windowed = args_.window_left >= 0 && position > args_.window_left;
@@ -78,48 +92,63 @@ class TaskRunner {
     }
   }
 
-  TileSource<T> source(const AttentionTask& task, const CacheRows& cache, std::int64_t head_dim,
-                       std::int64_t tile, std::int64_t head) const {
-    const T* row0 = static_cast<const T*>(cache.data) + task.slot * cache.slot_stride +
-                    tile * cache.row_stride + (task.first_kv_head + head) * cache.head_stride;
-    return {row0, cache.row_stride, head_dim, clamp_to_tile(first_key(task.first_position) - tile),
-            clamp_to_tile(task.first_position + task.num_positions - tile)};
+  std::int64_t first_tile(const AttentionTask& task) const {
+    return first_key(task.first_position) / kTileKeys * kTileKeys;
   }
 
-  // The rows of the visit after (tile, head): the next head, tile or task. A prefill reads its rows
-  // many times, so it does not ask.
-  NextRows next_rows(const CacheRows& cache, std::int64_t head_dim, std::int64_t tile,
-                     std::int64_t head) const {
-    const AttentionTask* task = &task_;
-    if (++head == task_.num_kv_heads) {
-      head = 0;
-      tile += kTileKeys;
-      if (tile >= end_key_) {
-        task = task_.next;
-        if (task != nullptr) tile = first_key(task->first_position) / kTileKeys * kTileKeys;
-      }
+  void locate(const AttentionTask& task, std::int64_t tile, LocatedTile* located) const {
+    located->span = {tile, clamp_to_tile(first_key(task.first_position) - tile),
+                     clamp_to_tile(task.first_position + task.num_positions - tile)};
+    located->k.locate(args_.k_cache, args_.batch, task, located->span, kElement);
+    located->v.locate(args_.v_cache, args_.batch, task, located->span, kElement);
+  }
+
+  // What the last visit of this tile may fetch: the next tile, or the first of the next task. A
+  // prefill reads its rows many times, so it does not fetch.
+  void locate_next(std::int64_t tile) {
+    next_->span.end = 0;
+    if (tile + kTileKeys < end_key_) {
+      locate(task_, tile + kTileKeys, next_);
+    } else if (task_.next != nullptr && head_rows_ <= kMostRowsThatWait) {
+      locate(*task_.next, first_tile(*task_.next), next_);
     }
-    if (task == nullptr || head_rows_ > kMostRowsThatWait) return {nullptr, 0, 0, 0};
-    const TileSource<T> next = source(*task, cache, head_dim, tile, head);
-    constexpr auto kBytes = static_cast<std::int64_t>(sizeof(T));
-    return {reinterpret_cast<const char*>(next.row0), next.row_stride * kBytes, head_dim * kBytes,
-            next.end};
+  }
+
+  TileSource<T, Rows> source(const Tile& tile, const CacheRows& cache, std::int64_t head_dim,
+                             std::int64_t head) const {
+    return {tile.origin() + head * cache.head_stride * kElement, tile.rows(), head_dim,
+            here_->span.begin, here_->span.end};
+  }
+
+  // The rows of the visit after this one: of the next head, tile or task.
+  NextRows<Rows> next_rows(Tile LocatedTile::* part, const CacheRows& cache, std::int64_t head_dim,
+                           std::int64_t head) const {
+    if (head_rows_ > kMostRowsThatWait) return {nullptr, {}, 0, 0};
+    const bool same_tile = ++head < task_.num_kv_heads;
+    const LocatedTile& located = same_tile ? *here_ : *next_;
+    const Tile& tile = located.*part;
+    if (located.span.end == 0) return {nullptr, {}, 0, 0};
+    const std::int64_t head_offset = same_tile ? head * cache.head_stride * kElement : 0;
+    return {tile.origin() + head_offset, tile.rows(), head_dim * kElement, located.span.end};
   }
 
   void visit_tile(std::int64_t tile, std::int64_t head) {
-    const TileSource<T> v = source(task_, args_.v_cache, args_.v_head_dim, tile, head);
-    pack_keys(source(task_, args_.k_cache, args_.k_head_dim, tile, head),
-              next_rows(args_.k_cache, args_.k_head_dim, tile, head), at(layout_.keys));
-    const NextRows next_v = next_rows(args_.v_cache, args_.v_head_dim, tile, head);
+    const TileSource<T, Rows> v = source(here_->v, args_.v_cache, args_.v_head_dim, head);
+    pack_keys(source(here_->k, args_.k_cache, args_.k_head_dim, head),
+              next_rows(&LocatedTile::k, args_.k_cache, args_.k_head_dim, head), at(layout_.keys));
+    const NextRows<Rows> next_v = next_rows(&LocatedTile::v, args_.v_cache, args_.v_head_dim, head);
     const std::int64_t first_row = head * head_rows_;
     if (head_rows_ <= kBlockRows) {
-      const ValueRows<T> values = {v.row0, v.row_stride, v.head_dim, next_v};
+      const ValueRows<T, Rows> values = {v.origin, v.rows, v.head_dim, next_v};
       visit_block(tile, first_row, 0, head_rows_, values);
       return;
     }
     pack_values(v, next_v, at(layout_.values), layout_.v_stride);
-    const ValueRows<float> values = {
-        at(layout_.values), layout_.v_stride, layout_.v_stride, {nullptr, 0, 0, 0}};
+    const ValueRows<float, StridedRows> values = {
+        reinterpret_cast<const char*>(at(layout_.values)),
+        {layout_.v_stride * static_cast<std::int64_t>(sizeof(float))},
+        layout_.v_stride,
+        {nullptr, {}, 0, 0}};
     const std::int64_t num_blocks = (head_rows_ + kBlockRows - 1) / kBlockRows;
     for (std::int64_t block = 0; block < num_blocks; ++block) {
       visit_block(tile, first_row, block * head_rows_ / num_blocks,
@@ -128,9 +157,9 @@ class TaskRunner {
   }
 
   // Rows [begin, end) of one head's rows, which start at `first_row`, against one tile.
-  template <typename V>
+  template <typename Values>
   void visit_block(std::int64_t tile, std::int64_t first_row, std::int64_t begin, std::int64_t end,
-                   const ValueRows<V>& values) {
+                   const Values& values) {
     int first[kBlockRows];
     int last[kBlockRows];
     // Rows that see nothing of this tile: those before it lead, those whose window is past it
@@ -152,9 +181,9 @@ class TaskRunner {
     if (num_rows > 0) attend(first_row + row, num_rows, first, last, values);
   }
 
-  template <typename V>
+  template <typename Values>
   void attend(std::int64_t row, int num_rows, const int* first, const int* last,
-              const ValueRows<V>& values) {
+              const Values& values) {
     float* scores = at(layout_.scores);
     float* out = at(layout_.out) + row * layout_.v_stride;
     // Positions ascend within the block, and so do both bounds.
@@ -189,7 +218,8 @@ class TaskRunner {
     }
   }
 
-  void score(int num_rows, const float* query, int num_vectors, const NextRows& next,
+  template <typename Next>
+  void score(int num_rows, const float* query, int num_vectors, const Next& next,
              float* scores) const {
     const float* keys = at(layout_.keys);
     const std::int64_t dim = args_.k_head_dim;
@@ -209,15 +239,15 @@ class TaskRunner {
     }
   }
 
-  template <int R, typename V>
-  void accumulate_block(const float* weights, const ValueRows<V>& values, int begin, int end,
+  template <int R, typename Values>
+  void accumulate_block(const float* weights, const Values& values, int begin, int end,
                         float* out) const {
     accumulate_rows<R, columns_for(R, 8)>(weights, values, 0, begin, end, out, layout_.v_stride);
   }
 
-  template <typename V>
-  void accumulate(int num_rows, const float* weights, const ValueRows<V>& values, int begin,
-                  int end, float* out) const {
+  template <typename Values>
+  void accumulate(int num_rows, const float* weights, const Values& values, int begin, int end,
+                  float* out) const {
     switch (num_rows) {
       case 1:
         return accumulate_block<1>(weights, values, begin, end, out);
@@ -244,20 +274,29 @@ class TaskRunner {
     }
   }
 
+  static constexpr auto kElement = static_cast<std::int64_t>(sizeof(T));
+
   const AttentionArgs& args_;
   const AttentionTask& task_;
   const std::int64_t group_;
   const std::int64_t head_rows_;  // rows of one KV head
   const ScratchLayout layout_;
   float* const scratch_;
-  const std::int64_t first_key_;  // keys [first_key_, end_key_) are seen by some row
-  const std::int64_t end_key_;
+  const std::int64_t end_key_;  // no row sees this key, nor a later one
+  LocatedTile located_[2];
+  LocatedTile* here_ = &located_[0];
+  LocatedTile* next_ = &located_[1];
 };
 
-template <typename T>
+template <typename T, typename Tile>
 void run_task(const AttentionArgs& args, const AttentionTask& task, float* scratch) {
-  TaskRunner<T>(args, task, scratch).run();
+  TaskRunner<T, Tile>(args, task, scratch).run();
 }
+
+constexpr AttentionKernel::Runs kContiguousRuns = {&run_task<float, SlotTile>,
+                                                   &run_task<Bf16, SlotTile>};
+constexpr AttentionKernel::Runs kBlockTableRuns = {&run_task<float, BlockTile>,
+                                                   &run_task<Bf16, BlockTile>};
 
 }  // namespace
 }  // namespace vmalloc

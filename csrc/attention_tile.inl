@@ -8,35 +8,6 @@ namespace {
 
 const float kZeroRow[kMaxHeadDim] = {};
 
-// One head of K or V over one tile of keys; only rows [begin, end) of the tile may be read.
-template <typename T>
-struct TileSource {
-  const T* row0;
-  std::int64_t row_stride;
-  std::int64_t head_dim;
-  int begin;
-  int end;
-
-  const T* row(int key) const { return row0 + key * row_stride; }
-};
-
-// Rows that the next visit will read, fetched while this one computes: a decode step reads every
-// row once, from memory, at strides that hardware prefetchers follow badly. The fetches are spread
-// over the whole visit, since a burst fills the few slots for outstanding lines and then stalls.
-struct NextRows {
-  const char* row0;
-  std::int64_t row_bytes;  // from one row to the next
-  std::int64_t head_bytes;
-  int end;  // 0: nothing to fetch
-
-  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
-  __attribute__((always_inline)) void fetch(int key, std::int64_t begin, std::int64_t size) const {
-    if (key >= end) return;
-    const char* line = row0 + key * row_bytes + begin;
-    for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(line + i);
-  }
-};
-
 // Next V rows that the score phase fetches; the value phase fetches the others.
 constexpr int kEarlyValues = kTileKeys / 2;
 
@@ -51,8 +22,8 @@ inline void store_dims(const Vec* word, const Bf16*, float* out) {
 }
 
 // Transpose K rows into keys[head_dim][kTileKeys] as float; keys outside [begin, end) become zero.
-template <typename T>
-void pack_keys(const TileSource<T>& source, const NextRows& next, float* keys) {
+template <typename T, typename Rows>
+void pack_keys(const TileSource<T, Rows>& source, const NextRows<Rows>& next, float* keys) {
   constexpr int kDims = 16 / static_cast<int>(sizeof(T));
   for (int group = source.begin / kLanes * kLanes; group < source.end; group += kLanes) {
     const void* rows[kLanes];
@@ -70,14 +41,14 @@ void pack_keys(const TileSource<T>& source, const NextRows& next, float* keys) {
       }
       Vec word[4];
       transpose_words(rows, offset, word);
-      store_dims(word, source.row0, out + dim * kTileKeys);
+      store_dims(word, static_cast<const T*>(nullptr), out + dim * kTileKeys);
     }
   }
 }
 
 // Copy V rows [begin, end) into values[kTileKeys][v_stride] as float.
-template <typename T>
-void pack_values(const TileSource<T>& source, const NextRows& next, float* values,
+template <typename T, typename Rows>
+void pack_values(const TileSource<T, Rows>& source, const NextRows<Rows>& next, float* values,
                  std::int64_t v_stride) {
   const std::int64_t whole = source.head_dim / kLanes * kLanes;
   for (int key = source.begin; key < source.end; ++key) {
@@ -92,9 +63,9 @@ void pack_values(const TileSource<T>& source, const NextRows& next, float* value
 }
 
 // scores[r][key] = query[r] . key for the first `num_vectors` vectors of keys, at least.
-template <int R>
+template <int R, typename Rows>
 void score_rows(const float* query, std::int64_t head_dim, const float* keys, int num_vectors,
-                const NextRows& next_values, float* scores) {
+                const NextRows<Rows>& next_values, float* scores) {
   constexpr int C = columns_for(R, kTileVectors);
   for (int column = 0; column < num_vectors; column += C) {
     Vec sum[R][C];
@@ -186,19 +157,10 @@ inline Vec load_column(const T* p) {
   }
 }
 
-// Rows of V as a tile's weights meet them: the cache's own or packed ones.
-template <typename T>
-struct ValueRows {
-  const T* row0;
-  std::int64_t row_stride;
-  std::int64_t dims;
-  NextRows next;
-};
-
 // out[r] += sum over keys [begin, end) of weights[r][key] * values[key], for C vectors of columns
 // from `dim` on.
-template <int R, int C, bool kHalf, typename T>
-void accumulate_columns(const float* weights, const ValueRows<T>& values, std::int64_t dim,
+template <int R, int C, bool kHalf, typename T, typename Rows>
+void accumulate_columns(const float* weights, const ValueRows<T, Rows>& values, std::int64_t dim,
                         int begin, int end, float* out, std::int64_t out_stride) {
   Vec sum[R][C];
   out += dim;
@@ -207,12 +169,12 @@ void accumulate_columns(const float* weights, const ValueRows<T>& values, std::i
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sum[r][c] = vload(out + r * out_stride + c * kLanes);
   }
-  const T* row = values.row0 + begin * values.row_stride + dim;
-  for (int key = begin; key < end; ++key, row += values.row_stride) {
+  for (int key = begin; key < end; ++key) {
     if (key % 2 == 0) {
       values.next.fetch(kEarlyValues + key / 2, dim * static_cast<std::int64_t>(sizeof(T)),
                         C * kLanes * static_cast<std::int64_t>(sizeof(T)));
     }
+    const T* row = values.row(key) + dim;
     Vec v[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) v[c] = load_column<kHalf>(row + c * kLanes);
@@ -230,9 +192,9 @@ void accumulate_columns(const float* weights, const ValueRows<T>& values, std::i
   }
 }
 
-template <int R, int C, typename T>
-void accumulate_rows(const float* weights, const ValueRows<T>& values, std::int64_t dim, int begin,
-                     int end, float* out, std::int64_t out_stride) {
+template <int R, int C, typename T, typename Rows>
+void accumulate_rows(const float* weights, const ValueRows<T, Rows>& values, std::int64_t dim,
+                     int begin, int end, float* out, std::int64_t out_stride) {
   for (; values.dims - dim >= C * kLanes; dim += C * kLanes) {
     accumulate_columns<R, C, false>(weights, values, dim, begin, end, out, out_stride);
   }

@@ -187,7 +187,8 @@ class ArenaStats(TypedDict):
     committed_byte_steps: float
     worker_error: str
 
-# ---- CPU attention (csrc/bindings_attention.cpp); each tensor is (address, strides in elements)
+# ---- CPU attention (csrc/bindings_attention.cpp); each tensor is (address, strides in elements),
+# the block table (address, entries from one row to the next, entries per row)
 
 def varlen_attention(
     dtype: int,
@@ -198,6 +199,7 @@ def varlen_attention(
     cu_seqlens_q: int,
     seqused_k: int,
     cache_batch_idx: int,
+    block_table: tuple[int, int, int] | None,
     batch: int,
     total_q: int,
     num_slots: int,
@@ -220,6 +222,7 @@ def append_kv(
     cu_seqlens_q: int,
     seqused_k: int,
     cache_batch_idx: int,
+    block_table: tuple[int, int, int] | None,
     batch: int,
     total_q: int,
     num_slots: int,

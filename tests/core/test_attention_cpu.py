@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.attention_batches import (
+    DTYPES,
+    NAN,
+    RAGGED_Q,
+    RAGGED_SLOTS,
+    RAGGED_USED,
+    assert_close,
+    make_caches,
+    make_view,
+    reference,
+    run_on_isa,
+)
 from vmalloc import _core
 from vmalloc.backend import KVBatchView
 from vmalloc.errors import ConfigError
 from vmalloc.kernels.cpu import append_kv, varlen_attention
-
-DTYPES = [torch.float32, torch.bfloat16]
-FP32_TOLERANCE = 3e-6  # absolute, for values of unit size
-NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
@@ -33,95 +39,6 @@ def two_threads() -> Iterator[None]:
     _core.set_num_threads(2)
     yield
     _core.set_num_threads(before)
-
-
-def make_view(q_lens: Sequence[int], used: Sequence[int], slots: Sequence[int]) -> KVBatchView:
-    bounds = [0]
-    for q_len in q_lens:
-        bounds.append(bounds[-1] + q_len)
-
-    def int32(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
-
-    return KVBatchView(
-        int32(slots), int32(bounds), int32(used), max(q_lens, default=0), max(used, default=0)
-    )
-
-
-def make_caches(
-    num_slots: int,
-    rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    *,
-    v_head_dim: int | None = None,
-    num_layers: int = 2,
-    layer: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """One layer's strided views of a cache that interleaves the layers' K and V per row."""
-    v_head_dim = v_head_dim or head_dim
-    row = num_kv_heads * (head_dim + v_head_dim)
-    storage = torch.randn(num_slots, rows, num_layers * row).to(dtype)
-    k_part, v_part = storage[:, :, layer * row : (layer + 1) * row].split(
-        [num_kv_heads * head_dim, num_kv_heads * v_head_dim], dim=2
-    )
-    return k_part.unflatten(2, (num_kv_heads, head_dim)), v_part.unflatten(
-        2, (num_kv_heads, v_head_dim)
-    )
-
-
-def reference(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    *,
-    softmax_scale: float,
-    window_left: int = -1,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The same in float64, one sequence at a time, as the formula says it."""
-    bounds = view.cu_seqlens_q.tolist()
-    group = query.shape[1] // k_cache.shape[2]
-    out = torch.zeros(query.shape[0], query.shape[1], v_cache.shape[3], dtype=torch.float64)
-    for i, slot in enumerate(view.cache_batch_idx.tolist()):
-        used = int(view.seqused_k[i])
-        q = query[bounds[i] : bounds[i + 1]].double()
-        k = k_cache[slot, :used].double().repeat_interleave(group, 1)
-        v = v_cache[slot, :used].double().repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        position = torch.arange(used - q.shape[0], used)[:, None]
-        key = torch.arange(used)[None]
-        hidden = key > position
-        if window_left >= 0:
-            hidden |= key < position - window_left
-        scores = scores.masked_fill(hidden, -torch.inf)
-        if sinks is not None:
-            extra = sinks.double()[:, None, None].expand(-1, q.shape[0], 1)
-            scores = torch.cat([scores, extra], dim=2)
-        weights = scores.softmax(-1)[:, :, :used]
-        out[bounds[i] : bounds[i + 1]] = torch.einsum("hqk,khd->qhd", weights, v)
-    return out
-
-
-def assert_close(out: Tensor, expected: Tensor) -> None:
-    error = (out.double() - expected).abs().max().item() if out.numel() else 0.0
-    if out.dtype == torch.float32:
-        assert error < FP32_TOLERANCE
-    else:
-        # Rounding the exact result is the least that any bf16 output costs.
-        rounding = (expected.bfloat16().double() - expected).abs().max().item()
-        assert error <= 2 * rounding
-
-
-# A prefill chunk of a new sequence, decodes, a later chunk, an empty entry, tile edges.
-RAGGED_Q = [70, 1, 1, 33, 0, 7, 1, 64, 1]
-RAGGED_USED = [70, 1, 200, 150, 0, 64, 64, 128, 65]
-RAGGED_SLOTS = [5, 0, 9, 2, 7, 1, 8, 3, 6]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -374,10 +291,7 @@ def test_forked_child_computes_the_same_without_threads() -> None:
 
 
 ISA_SCRIPT = """
-import sys
-sys.path[:0] = {path!r}
-import {module} as cases
-import pytest, torch
+from tests.core import test_attention_cpu as cases
 from vmalloc import _core
 for dtype in cases.DTYPES:
     for head_dim in (40, 64):
@@ -391,29 +305,14 @@ print(_core.attention_isa())
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_lower_instruction_sets_agree_with_the_reference(isa: str) -> None:
-    directory, name = os.path.split(os.path.splitext(__file__)[0])
-    script = ISA_SCRIPT.format(path=[directory], module=name)
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "VMALLOC_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_on_isa(ISA_SCRIPT, isa)
     assert result.returncode == 0, result.stderr
     if result.stdout.strip() != isa:
         pytest.skip(f"this CPU has no {isa}")
 
 
 def test_unknown_instruction_set_is_refused_by_name() -> None:
-    script = "from vmalloc import _core; _core.attention_isa()"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "VMALLOC_CPU_ISA": "sse9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_on_isa("from vmalloc import _core; _core.attention_isa()", "sse9")
     assert result.returncode != 0
     assert 'VMALLOC_CPU_ISA is "sse9"' in result.stderr
 

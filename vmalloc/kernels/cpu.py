@@ -1,4 +1,4 @@
-"""Attention and cache writes on the CPU, over the strided views of a contiguous cache.
+"""Attention and cache writes on the CPU, over a cache's strided views: by slot or by block table.
 
 Owns: nothing.  Thread-safety: any thread, as long as no call writes rows that another one reads.
 """
@@ -33,6 +33,15 @@ def use_num_threads(count: int) -> None:
         _core.set_num_threads(count)
 
 
+def kernel_name(view: KVBatchView) -> str:
+    """Which kernel works on such a batch: ``"cpu_contiguous_avx2"``, ``"cpu_block_table_avx512"``.
+
+    The last word is the instruction set, one of ``portable``, ``avx2`` and ``avx512``.
+    """
+    layout = "contiguous" if view.block_table is None else "block_table"
+    return f"cpu_{layout}_{_core.attention_isa()}"
+
+
 _DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _ELEMENT_BYTES: Final = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -40,13 +49,15 @@ _ELEMENT_BYTES: Final = {torch.float32: 4, torch.bfloat16: 2}
 def append_kv(
     key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, view: KVBatchView
 ) -> None:
-    """Write the packed new rows of every sequence to the end of its slot.
+    """Write the packed new rows of every sequence to the end of its slot, or of its blocks.
 
     Args:
         key, value: ``[total_q, num_kv_heads, head_dim]``, head_dim contiguous; rows past
             ``view.cu_seqlens_q[-1]`` are padding and are not written.
-        k_cache, v_cache: ``[num_slots, rows, num_kv_heads, head_dim]``, one layer's views.
-        view: where the batch lies. No slot may appear twice.
+        k_cache, v_cache: ``[num_slots, rows, num_kv_heads, head_dim]``, one layer's views; with
+            ``view.block_table`` ``[num_blocks, block_size, num_kv_heads, head_dim]``, any block
+            size.
+        view: where the batch lies. No row may be written twice.
 
     Raises:
         ConfigError: a shape, dtype or index is out of range; nothing was written.
@@ -67,7 +78,7 @@ def append_kv(
             f"value has shape {tuple(value.shape)}, must be"
             f" {(total_q, cache_heads, v_head_dim)} like key and v_cache"
         )
-    cu_seqlens_q, seqused_k, cache_batch_idx, batch = _indices(view)
+    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = _indices(view)
     _core.append_kv(
         _ELEMENT_BYTES[dtype],
         (key.data_ptr(), key.stride()),
@@ -77,6 +88,7 @@ def append_kv(
         cu_seqlens_q,
         seqused_k,
         cache_batch_idx,
+        block_table,
         batch,
         total_q,
         num_slots,
@@ -102,14 +114,17 @@ def varlen_attention(
     """Attend each packed query to its sequence's cached rows up to its own position.
 
     A row's result has the same bits whatever else is in the batch, however its sequence is cut
-    into calls, and whatever the slot and the number of threads.
+    into calls, and whatever the number of threads, the slot or the blocks: with
+    ``view.block_table`` (PagedAttention, Kwon et al. 2023, arXiv:2309.06180) only the addresses of
+    the rows change.
 
     Args:
         query: ``[total_q, num_heads, k_head_dim]``, head_dim contiguous; the last rows of each
             sequence, whose K and V are in the cache already. Rows past ``view.cu_seqlens_q[-1]``
             are padding and give 0.
-        k_cache, v_cache: ``[num_slots, rows, num_kv_heads, head_dim]``, one layer's views; only
-            rows ``[0, seqused_k)`` of the batch's slots are read.
+        k_cache, v_cache: ``[num_slots, rows, num_kv_heads, head_dim]``, one layer's views; with
+            ``view.block_table`` ``[num_blocks, block_size, num_kv_heads, head_dim]``, any block
+            size. Only rows ``[0, seqused_k)`` of the batch's sequences are read.
         view: where the batch lies.
         softmax_scale: factor of the dot products.
         window_left: keys before its own that a query sees; -1 for all of them.
@@ -136,7 +151,7 @@ def varlen_attention(
             f"out is {out.dtype} {tuple(out.shape)}, must be {dtype} {shape} like query and v_cache"
         )
     sinks_address = 0 if sinks is None else _sinks_address(sinks, num_heads)
-    cu_seqlens_q, seqused_k, cache_batch_idx, batch = _indices(view)
+    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = _indices(view)
     _core.varlen_attention(
         _DTYPE_CODES[dtype],
         (query.data_ptr(), query.stride()),
@@ -146,6 +161,7 @@ def varlen_attention(
         cu_seqlens_q,
         seqused_k,
         cache_batch_idx,
+        block_table,
         batch,
         total_q,
         num_slots,
@@ -212,8 +228,8 @@ def _sinks_address(sinks: Tensor, num_heads: int) -> int:
     return sinks.data_ptr()
 
 
-def _indices(view: KVBatchView) -> tuple[int, int, int, int]:
-    """Addresses of the three index tensors, and the batch size; the core checks their values."""
+def _indices(view: KVBatchView) -> tuple[int, int, int, tuple[int, int, int] | None, int]:
+    """Addresses of the index tensors, the batch size last; the core checks their values."""
     cu_seqlens_q, seqused_k, slots = view.cu_seqlens_q, view.seqused_k, view.cache_batch_idx
     batch = seqused_k.numel()
     if slots.numel() != batch or cu_seqlens_q.numel() != batch + 1:
@@ -229,4 +245,22 @@ def _indices(view: KVBatchView) -> tuple[int, int, int, int]:
                 f"{name} is {tensor.dtype} with strides {tensor.stride()} on {tensor.device},"
                 " must be contiguous torch.int32 on cpu"
             )
-    return cu_seqlens_q.data_ptr(), seqused_k.data_ptr(), slots.data_ptr(), batch
+    table = view.block_table
+    block_table = None if table is None else _block_table(table, batch)
+    return cu_seqlens_q.data_ptr(), seqused_k.data_ptr(), slots.data_ptr(), block_table, batch
+
+
+def _block_table(table: Tensor, batch: int) -> tuple[int, int, int]:
+    """Address, row stride and width; rows may lie further apart than they are wide."""
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ConfigError(
+            f"block_table has shape {tuple(table.shape)}, must be [{batch}, max_blocks] with"
+            f" seqused_k of {batch}"
+        )
+    width = table.shape[1]
+    if table.dtype != torch.int32 or not table.is_cpu or (width > 1 and table.stride(1) != 1):
+        raise ConfigError(
+            f"block_table is {table.dtype} with strides {table.stride()} on {table.device},"
+            " must be torch.int32 on cpu with stride 1 in its last dimension"
+        )
+    return table.data_ptr(), table.stride(0), width
