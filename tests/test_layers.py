@@ -14,7 +14,10 @@ EXEMPT = {"vmalloc/cli.py"}  # the command line imports engine and server, lazil
 
 # Word -> the only files that may hold it.
 ROOMS = {
-    r"\b(mmap|munmap|memfd_create|madvise)\s*\(": {"csrc/host_driver.cpp"},
+    r"\b(mmap|munmap|memfd_create|madvise)\s*\(": {
+        "csrc/host_driver.cpp",
+        "vmalloc/block_storage.py",
+    },
     r"#include <pybind11": {
         "csrc/bindings.cpp",
         "csrc/bindings_attention.cpp",

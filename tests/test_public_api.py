@@ -16,6 +16,10 @@ LIBRARY = [
     "KVCacheConfig",
     "KVCacheStats",
     "LayerKVSpec",
+    "MISS_REASONS",
+    "PagedKVCache",
+    "PrefixCacheStats",
+    "PrefixHit",
     "Reservation",
     "SequenceGroupSpec",
     "Step",
@@ -34,17 +38,29 @@ BACKEND = [
     "close",
     "config",
     "end_step",
+    "flush_prefixes",
     "free",
     "layer_views",
+    "match_prefix",
     "max_seq_tokens",
     "name",
+    "pin_prefix",
     "prefetch",
+    "prefix_stats",
+    "register_tokens",
     "resize",
     "stats",
     "trim",
     "truncate",
     "try_admit",
     "try_extend",
+    "try_fork",
+    "try_reorder",
+    "try_sleep",
+    "try_swap_in",
+    "try_swap_out",
+    "try_wake",
+    "unpin_prefix",
 ]
 
 
@@ -56,7 +72,7 @@ def test_library_names():
     assert sorted(vmalloc.__all__) == LIBRARY
     assert set(LIBRARY) <= set(dir(vmalloc))
     for name in LIBRARY:
-        assert getattr(vmalloc, name).__doc__
+        assert getattr(vmalloc, name).__doc__ or name == "MISS_REASONS"
 
 
 def test_backend_protocol():
@@ -66,6 +82,11 @@ def test_backend_protocol():
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
     more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "wait_worker"}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
+
+
+def test_paged_cache_offers_the_protocol_and_a_few_things_more():
+    more = {"block_ids", "driver_name", "seq_len"}
+    assert public_members(vmalloc.PagedKVCache) == sorted({*BACKEND, *more})
 
 
 def test_errors_form_one_tree():
@@ -79,7 +100,7 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_every_public_function_and_class_has_a_docstring():
-    for cls in (vmalloc.KVBackend, vmalloc.VirtualKVCache):
+    for cls in (vmalloc.KVBackend, vmalloc.VirtualKVCache, vmalloc.PagedKVCache):
         for name in ("try_admit", "try_extend", "free", "layer_views", "batch_view"):
             documented = getattr(cls, name).__doc__ or getattr(vmalloc.KVBackend, name).__doc__
             assert documented, f"{cls.__name__}.{name}"

@@ -16,9 +16,12 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
     from .backend import (
+        MISS_REASONS,
         KVBackend,
         KVBatchView,
         KVCacheStats,
+        PrefixCacheStats,
+        PrefixHit,
         Reservation,
         SequenceGroupSpec,
         Step,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import ClosedError, ConfigError, DriverError, InvariantError, VmallocError
     from .factory import BackendChoice, choose_backend, create_kv_backend
     from .kv_cache import VirtualKVCache
+    from .paged_cache import PagedKVCache
 
 __version__ = "0.1.0"
 
@@ -43,6 +47,10 @@ _MODULE_OF = {
     "KVCacheConfig": "config",
     "KVCacheStats": "backend",
     "LayerKVSpec": "config",
+    "MISS_REASONS": "backend",
+    "PagedKVCache": "paged_cache",
+    "PrefixCacheStats": "backend",
+    "PrefixHit": "backend",
     "Reservation": "backend",
     "SequenceGroupSpec": "backend",
     "Step": "backend",
@@ -53,6 +61,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "MISS_REASONS",
     "BackendChoice",
     "ClosedError",
     "ConfigError",
@@ -63,6 +72,9 @@ __all__ = [
     "KVCacheConfig",
     "KVCacheStats",
     "LayerKVSpec",
+    "PagedKVCache",
+    "PrefixCacheStats",
+    "PrefixHit",
     "Reservation",
     "SequenceGroupSpec",
     "Step",

@@ -12,15 +12,16 @@ from .backend import KVBackend
 from .config import KVCacheConfig
 from .errors import ConfigError
 from .kv_cache import VirtualKVCache
+from .paged_cache import PagedKVCache
 
-BackendKind = Literal["auto", "virtual"]
+BackendKind = Literal["auto", "virtual", "paged"]
 
 
 @dataclass(frozen=True, slots=True)
 class BackendChoice:
-    """What ``auto`` picked, and why, in one sentence for people."""
+    """What a kind stands for on this machine, and why, in one sentence for people."""
 
-    kind: Literal["virtual"]
+    kind: Literal["virtual", "paged"]
     driver: str
     reason: str
 
@@ -29,12 +30,16 @@ def choose_backend(kind: str = "auto") -> BackendChoice:
     """Say which backend ``kind`` stands for on this machine.
 
     Raises:
-        ConfigError: an unknown kind, or one that is not there yet.
+        ConfigError: an unknown kind.
     """
+    if kind not in ("auto", "virtual", "paged"):
+        raise ConfigError(f"kv_backend is {kind!r}; supported: auto, virtual, paged")
     if kind == "paged":
-        raise ConfigError("kv_backend is 'paged'; the paged fallback is not there yet: use virtual")
-    if kind not in ("auto", "virtual"):
-        raise ConfigError(f"kv_backend is {kind!r}; supported: auto, virtual")
+        return BackendChoice(
+            kind="paged",
+            driver="host",
+            reason="asked for; blocks are in ordinary memory and kernels follow a block table",
+        )
     return BackendChoice(
         kind="virtual",
         driver="host",
@@ -43,10 +48,11 @@ def choose_backend(kind: str = "auto") -> BackendChoice:
 
 
 def create_kv_backend(config: KVCacheConfig, kind: str = "auto") -> KVBackend:
-    """Make the backend that ``kind`` (``"auto"`` or ``"virtual"``) stands for.
+    """Make the backend that ``kind`` (``"auto"``, ``"virtual"`` or ``"paged"``) stands for.
 
     Raises:
         ConfigError: a value in ``config`` or ``kind`` can never work.
     """
-    choose_backend(kind)
+    if choose_backend(kind).kind == "paged":
+        return PagedKVCache(config)
     return VirtualKVCache(config)

@@ -48,6 +48,7 @@ class PrefixIndex:
         boundary: Callable[[int], int],
         retain: Callable[[Pages], None],
         release: Callable[[Pages], int],
+        on_pin: Callable[[Pages, int], None] | None = None,
     ) -> None:
         """Make an empty index.
 
@@ -56,10 +57,12 @@ class PrefixIndex:
                 strictly increasing.
             retain: take one reference to each of a node's pages.
             release: drop them; returns how many pages became free by it.
+            on_pin: told of a node's pages and 1 when it becomes pinned, -1 when no longer.
         """
         self._boundary = boundary
         self._retain = retain
         self._release = release
+        self._on_pin = on_pin
         self._roots: dict[str, PrefixNode] = {}
         self._max_roots = _MIN_ROOTS
         self._clock = 0
@@ -343,7 +346,8 @@ class PrefixIndex:
         node.num_locks += tail.num_locks
         node.num_pins += tail.num_pins
         if tail.num_pins:
-            self._pinned_pages += len(node.pages) - len(tail.pages)
+            self._note_pinned(node, 1)
+            self._note_pinned(tail, -1)
         tail.replaced_by = node
         self._remove(tail)
 
@@ -386,8 +390,14 @@ class PrefixIndex:
         while step is not None:
             was_pinned = step.num_pins > 0
             step.num_pins += change
-            self._pinned_pages += len(step.pages) * ((step.num_pins > 0) - was_pinned)
+            if was_pinned != (step.num_pins > 0):
+                self._note_pinned(step, change)
             step = step.parent
+
+    def _note_pinned(self, node: PrefixNode, change: int) -> None:
+        self._pinned_pages += change * len(node.pages)
+        if self._on_pin is not None:
+            self._on_pin(node.pages, change)
 
 
 def _check(holds: bool, what: str) -> None:

@@ -9,6 +9,10 @@ import pytest
 from tests.arenas import PAGE, ROW, admit, extend, free, make_arena, pages
 from vmalloc import ConfigError, DriverError, _core
 
+get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+get_pointer.restype = ctypes.c_void_p
+get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
 
 class Rows:
     """Writes and reads whole rows of one region through the addresses of a tensor capsule."""
@@ -16,15 +20,15 @@ class Rows:
     def __init__(self, arena, row_bytes=ROW, region=0):
         self._row_bytes = row_bytes
         self._slot_bytes = arena.region_slot_bytes(region)
-        import torch
-
         capsule = arena.tensor_capsule(
             region, 0, "float32", [1, row_bytes // 4], [row_bytes // 4, 1]
         )
-        self._tensor = torch.from_dlpack(capsule)
+        # A DLPack tensor starts with its address; importing torch for that takes seconds.
+        managed = get_pointer(capsule, b"dltensor")
+        self._base = ctypes.c_void_p.from_address(managed).value
 
     def _at(self, slot, row):
-        return self._tensor.data_ptr() + slot * self._slot_bytes + row * self._row_bytes
+        return self._base + slot * self._slot_bytes + row * self._row_bytes
 
     def write(self, slot, first, end, value):
         for row in range(first, end):

@@ -1,0 +1,279 @@
+"""Random operations on every KV backend against a model that knows the contents of every row."""
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vmalloc import ConfigError, SequenceGroupSpec
+
+from .backends import BASES, KINDS, SHAPES, Contents, make_cache, make_config
+
+MAX_LEN = 96
+MAX_SEQS = 6
+SALTS = st.sampled_from(["", "red", None])
+
+
+class BackendMachine(RuleBasedStateMachine):
+    """Every live row is compared after each rule; it depends on the salt and all tokens before."""
+
+    kind = ""
+
+    @initialize(
+        shape=st.sampled_from(sorted(SHAPES)),
+        share=st.sampled_from([1.5, 4.0]),
+        prefix_caching=st.sampled_from([True, True, False]),
+        commit_ahead=st.sampled_from([0, 3, 20]),
+    )
+    def start(self, shape, share, prefix_caching, commit_ahead):
+        seq_bytes = MAX_LEN * make_config(shape).token_bytes
+        self.cache = make_cache(
+            self.kind,
+            shape,
+            max_num_seqs=MAX_SEQS,
+            num_slots=2 * MAX_SEQS if self.kind == "virtual" else None,
+            max_seq_len=MAX_LEN,
+            capacity_bytes=int(share * seq_bytes) + (64 << 10),
+            swap_bytes=seq_bytes,
+            high_watermark=0.5 if share > 2 else 1.0,
+            low_watermark=0.05,
+            prefix_caching=prefix_caching,
+            commit_ahead_tokens=commit_ahead,
+        )
+        self.contents = Contents(self.cache)
+        self.tokens = {}  # of live sequences
+        self.salts = {}  # of live and swapped ones
+        self.swapped = []  # groups: seq_id -> tokens
+        self.pins = []
+        self.next_id = 0
+        self.step = None
+
+    # Coming and going
+
+    @rule(
+        count=st.integers(1, 2),
+        base=st.sampled_from(BASES),
+        cut=st.integers(0, MAX_LEN),
+        extra=st.integers(0, 20),
+        salt=SALTS,
+        look_up=st.booleans(),
+    )
+    def admit(self, count, base, cut, extra, salt, look_up):
+        tokens = [*base[:cut], *[60 + extra % 3] * extra][:MAX_LEN]
+        hit = self.cache.match_prefix(tokens, salt) if look_up and salt is not None else None
+        ids = tuple(range(self.next_id, self.next_id + count))
+        reservation = self.cache.try_admit(
+            SequenceGroupSpec(ids, len(tokens), cache_salt=salt), hit
+        )
+        if reservation is None:
+            return
+        self.next_id += count
+        num_cached = reservation.num_cached_tokens
+        assert num_cached <= max(len(tokens) - 1, 0)
+        assert num_cached <= (hit.num_tokens if hit else 0)
+        for seq_id in ids:
+            self.tokens[seq_id], self.salts[seq_id] = tokens, salt
+            self.contents.check(seq_id, tokens[:num_cached], salt)
+            self.contents.write(seq_id, tokens, num_cached, salt)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), keep_prefix=st.booleans())
+    def free(self, data, keep_prefix):
+        seq_ids = data.draw(self.some_live())
+        self.cache.free(seq_ids, keep_prefix)
+        for seq_id in seq_ids:
+            del self.tokens[seq_id], self.salts[seq_id]
+
+    # Growing, shrinking, sharing
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), more=st.integers(0, 40), token=st.integers(0, 3))
+    def extend(self, data, more, token):
+        self.grow(data.draw(self.some_live()), more, token)
+
+    @rule(more=st.integers(0, 6), token=st.integers(0, 3))
+    def extend_all(self, more, token):
+        self.grow(list(self.tokens), more, token)
+
+    def grow(self, seq_ids, more, token):
+        after = {
+            seq_id: [*self.tokens[seq_id], *[token + seq_id % 2] * more][:MAX_LEN]
+            for seq_id in seq_ids
+        }
+        if not self.cache.try_extend(seq_ids, [len(tokens) for tokens in after.values()]):
+            return
+        for seq_id, tokens in after.items():
+            first = len(self.tokens[seq_id])
+            self.tokens[seq_id] = tokens
+            self.contents.write(seq_id, tokens, first, self.salts[seq_id])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def truncate(self, data, share):
+        seq_id = data.draw(self.one_live())
+        num_tokens = int(share * len(self.tokens[seq_id]))
+        self.cache.truncate(seq_id, num_tokens)
+        self.tokens[seq_id] = self.tokens[seq_id][:num_tokens]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), count=st.integers(1, 3), share=st.sampled_from([None, 0.3, 0.8, 1.0]))
+    def fork(self, data, count, share):
+        parent = data.draw(self.one_live())
+        tokens = self.tokens[parent]
+        num_tokens = None if share is None else int(share * len(tokens))
+        children = list(range(self.next_id, self.next_id + count))
+        if not self.cache.try_fork(parent, children, num_tokens):
+            return
+        self.next_id += count
+        for child in children:
+            self.tokens[child], self.salts[child] = tokens[:num_tokens], self.salts[parent]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def reorder(self, data):
+        first = data.draw(self.one_live())
+        beams = [
+            seq_id
+            for seq_id, tokens in self.tokens.items()
+            if len(tokens) == len(self.tokens[first]) and self.salts[seq_id] == self.salts[first]
+        ]
+        index = st.integers(0, len(beams) - 1)
+        parent_idx = data.draw(st.lists(index, min_size=len(beams), max_size=len(beams)))
+        if self.cache.try_reorder(beams, parent_idx):
+            tokens = [self.tokens[beams[i]] for i in parent_idx]
+            self.tokens.update(zip(beams, tokens, strict=True))
+
+    # Prefixes
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), share=st.sampled_from([0.5, 1.0, 1.0]))
+    def register(self, data, share):
+        seq_id = data.draw(self.one_live())
+        tokens = self.tokens[seq_id]
+        self.cache.register_tokens(seq_id, tokens, int(share * len(tokens)))
+
+    @rule(
+        base=st.sampled_from(BASES), cut=st.integers(1, MAX_LEN), salt=st.sampled_from(["", "red"])
+    )
+    def pin(self, base, cut, salt):
+        num_pinned = self.cache.pin_prefix(base[:cut], salt)
+        if num_pinned:
+            self.pins.append((base[:cut], salt, num_pinned))
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        tokens, salt, _ = data.draw(st.sampled_from(self.pins))
+        last = max(i for i, pin in enumerate(self.pins) if pin[:2] == (tokens, salt))
+        assert self.cache.unpin_prefix(tokens, salt) == self.pins.pop(last)[2]
+
+    @rule()
+    def flush(self):
+        self.cache.flush_prefixes()
+
+    # Host memory
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def swap_out(self, data):
+        seq_ids = data.draw(self.some_live())
+        if self.cache.try_swap_out(seq_ids):
+            self.swapped.append({seq_id: self.tokens.pop(seq_id) for seq_id in seq_ids})
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def swap_in(self, data):
+        group = data.draw(st.sampled_from(self.swapped))
+        if self.cache.try_swap_in(data.draw(st.permutations(list(group)))):
+            self.swapped = [other for other in self.swapped if other is not group]
+            self.tokens.update(group)
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def free_swapped(self, data):
+        group = data.draw(st.sampled_from(self.swapped))
+        seq_id = data.draw(st.sampled_from(sorted(group)))
+        self.cache.free([seq_id])
+        del group[seq_id], self.salts[seq_id]
+        self.swapped = [other for other in self.swapped if other]
+
+    @rule()
+    def sleep(self):
+        if not self.cache.try_sleep():
+            return
+        assert self.cache.stats().created_pages == 0
+        with pytest.raises(ConfigError, match="asleep"):
+            self.cache.flush_prefixes()
+        assert self.cache.try_wake()
+
+    # Capacity and steps
+
+    @rule(num_tokens=st.integers(1, MAX_LEN))
+    def prefetch(self, num_tokens):
+        self.cache.prefetch(num_tokens)
+
+    @rule(keep=st.integers(0, 5))
+    def trim(self, keep):
+        self.cache.trim(keep)
+
+    @rule(share=st.sampled_from([0.5, 0.8, 1.0]))
+    def resize(self, share):
+        self.cache.resize(int(self.cache.config.capacity_bytes * share))
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def begin_step(self):
+        self.step = self.cache.begin_step()
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def end_step(self):
+        self.cache.end_step(self.step)
+        self.step = None
+
+    # What always holds
+
+    @invariant()
+    def books_balance(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_invariants()
+        stats = self.cache.stats()
+        assert stats.num_live_seqs == len(self.tokens)
+        num_tokens = sum(map(len, self.tokens.values()))
+        assert stats.logical_bytes == self.cache.config.token_bytes * num_tokens
+        assert stats.live_bytes <= min(stats.logical_bytes, stats.committed_bytes)
+        assert (
+            stats.in_use_pages * stats.page_bytes
+            == stats.committed_bytes + stats.ahead_bytes + stats.parked_bytes + stats.cached_bytes
+        )
+        assert stats.created_pages == stats.free_pages + stats.in_use_pages + stats.retired_pages
+        assert stats.swapped_bytes <= self.cache.config.swap_bytes
+        for tokens, salt, num_pinned in self.pins:
+            assert self.cache.match_prefix(tokens, salt).num_tokens >= num_pinned
+
+    @invariant()
+    def every_row_is_as_written(self):
+        if not hasattr(self, "cache"):
+            return
+        for seq_id, tokens in self.tokens.items():
+            self.contents.check(seq_id, tokens, self.salts[seq_id])
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.cache.close()
+
+    def one_live(self):
+        return st.sampled_from(sorted(self.tokens))
+
+    def some_live(self):
+        return st.lists(self.one_live(), min_size=1, max_size=3, unique=True)
+
+
+def machine_for(kind):
+    machine = type(f"{kind.title()}Machine", (BackendMachine,), {"kind": kind})
+    machine.TestCase.__test__ = True
+    return machine.TestCase
+
+
+for _kind in KINDS:
+    globals()[f"Test{_kind.title()}Model"] = machine_for(_kind)
