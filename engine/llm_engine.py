@@ -16,6 +16,7 @@ import torch
 from .. import create_kv_backend
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
+from ..kernels.cpu import kernel_name
 from .cache_setup import create_cache, resolve_config, resolve_max_model_len
 from .config import EngineConfig
 from .generation import Generation, scored_prompts
@@ -104,6 +105,11 @@ class LLMEngine:
     def is_asleep(self) -> bool:
         """Whether ``sleep`` was called, and ``wake`` not yet."""
         return self._is_asleep
+
+    @property
+    def kernel_name(self) -> str:
+        """The attention kernel that works on the KV cache, e.g. ``"cpu_contiguous_avx2"``."""
+        return kernel_name(self._backend.batch_view((), ()))
 
     def stats(self) -> SchedulerStats:
         """Queues and counters of preemption."""

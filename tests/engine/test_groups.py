@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from vmalloc.engine import LLM, EngineConfig, LLMEngine, RequestOutputKind, SamplingParams
+from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
 
 PAGE = 4096
 PROMPT = [5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12, 8, 54]
-BACKENDS = ["virtual"]
+BACKENDS = ["virtual", "paged"]
 
 
 def run_out(engine: LLMEngine, max_steps: int = 3000) -> dict[str, Any]:
