@@ -83,7 +83,7 @@ class Generation:
         ends, scored = self._read(batch, logits)
         sampled = None
         if ends.seqs:
-            is_all = len(ends.rows) == len(logits) and not ends.beams
+            is_all = ends.rows == list(range(len(logits)))
             sampled = sample(ends.seqs, logits if is_all else logits[ends.rows])
         beams = [
             (group, logits[rows], *score_beams(group.active[: len(rows)], logits[rows]))

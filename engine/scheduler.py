@@ -210,6 +210,14 @@ class Scheduler:
         if self._failed:
             self._failed = [group for group in self._failed if group not in groups]
 
+    def preempt(self, group: SequenceGroup) -> None:
+        """Take the KV of a running group, by swap or recompute; it comes back when it can."""
+        self.running.remove(group)
+        for seq in group.active:
+            self._budget += self._scheduled.pop(seq.seq_id, 0)
+        self._preemptor.preempt(group)
+        self._queue.add(group)
+
     def preempt_all(self) -> None:
         """Drop the KV of every group; all wait to be computed again."""
         for group in [*self.running, *self.swapped]:
@@ -301,13 +309,11 @@ class Scheduler:
         if len(self.running) == 1 and self.swapped:
             self._drop_swapped(self.swapped[-1])  # it may hold pages that both shared
             return
-        self.running.remove(victim)
-        for seq in victim.active:
-            self._budget += self._scheduled.pop(seq.seq_id, 0)
-        if self.running:
-            self._preemptor.preempt(victim)
-            self._queue.add(victim)
+        if len(self.running) > 1:
+            self.preempt(victim)
         else:
+            self.running.remove(victim)
+            self._scheduled.clear()
             self._fail(victim, "ran out of KV memory with nothing left to preempt")
 
     def _drop_swapped(self, group: SequenceGroup) -> None:
