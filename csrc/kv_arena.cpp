@@ -82,6 +82,9 @@ void KVArena::close() {
   worker.reset();  // joins; without the lock, which the worker may want
   const Lock lock(mutex_);
   while (!swapped_.empty()) forget_group(swapped_.begin());
+  for (const auto& [page, num_pins] : pinned_) {
+    for (std::uint32_t i = 0; i < num_pins; ++i) pool_.release(page);
+  }
   std::exception_ptr failure;
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
@@ -357,6 +360,11 @@ void KVArena::free(const std::int64_t* slots, std::size_t count) {
     });
   });
   for (std::size_t i = 0; i < count; ++i) end_sequence(static_cast<std::uint32_t>(slots[i]));
+  try {
+    give_back_above_cap();
+  } catch (const DriverError&) {
+    // The sequences have ended all the same; the next step tries again, and reports it.
+  }
 }
 
 /// Requires: live, and not in flight if it has shared pages.

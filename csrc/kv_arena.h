@@ -132,9 +132,15 @@ class KVArena {
   /// Copy the pages of a group of slots to host memory, each once, and free the slots; a name for
   /// the group, or none if the swap space is full. Pages that other slots share stay.
   [[nodiscard]] std::optional<std::uint64_t> try_swap_out(const Slots& slots);
-  /// Bring a group back, sharing included: its slots in their order, or none.
+  /// Bring a group back, sharing included: its slots in their order, dropped ones left out, or
+  /// none.
   [[nodiscard]] std::optional<Slots> try_swap_in(std::uint64_t group);
-  void drop_swapped(std::uint64_t group);  ///< Forget a group.
+  /// Forget slot number `idx` of a group, and the group with its last one.
+  void drop_swapped(std::uint64_t group, std::size_t idx);
+
+  /// Keep cached pages from eviction, as a reference of a live slot would; undone by unpin_pages.
+  void pin_pages(const std::vector<PageId>& pages);
+  void unpin_pages(const std::vector<PageId>& pages);
 
   [[nodiscard]] Epoch begin_step();
   void end_step(Epoch epoch, Stream stream);
@@ -213,6 +219,7 @@ class KVArena {
   void recycle_parked(std::size_t num_pages);
   [[nodiscard]] bool has_room(std::size_t num_pages, std::size_t num_kept_free) const;
   [[nodiscard]] std::size_t watermark() const { return num_live_ > 0 ? config_.low_pages : 0; }
+  void give_back_above_cap();
   void give_back_above_high();
 
   // Sharing.
@@ -223,7 +230,11 @@ class KVArena {
   void unshare(std::uint32_t slot);
   [[nodiscard]] bool try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first);
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
-  [[nodiscard]] SwappedGroup pack_group(const Slots& slots) const;
+  void drop_held(SwappedGroup* group, std::size_t idx);
+  void drop_copy(SwappedGroup* group, std::size_t idx);
+  [[nodiscard]] SwappedGroup pack_group(const Slots& slots, std::vector<PageId>* copied) const;
+  [[nodiscard]] Prefix start_of(const SwappedGroup& group, const SwappedSlot& slot,
+                                const std::vector<PageId>& pages) const;
   [[nodiscard]] bool acquire_group(Lock& lock, const SwappedGroup& group,
                                    std::vector<PageId>* pages);
   [[nodiscard]] std::map<std::uint64_t, SwappedGroup>::iterator find_group(std::uint64_t id);
@@ -270,7 +281,8 @@ class KVArena {
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
   std::size_t needed_pages_ = 0;  // of live slots; what they share counts for each
-  std::size_t held_pages_ = 0;    // references of swapped-out groups
+  std::size_t held_pages_ = 0;    // references of swapped-out groups and pins
+  std::map<PageId, std::uint32_t> pinned_;
   std::map<std::uint64_t, SwappedGroup> swapped_;
   std::uint64_t next_group_ = 1;
   std::size_t shortage_ = 0;

@@ -80,7 +80,7 @@ void KVArena::check_invariants(const std::vector<PageId>& cached) {
     ++counts[page];
   };
   std::size_t num_live = 0, live_rows = 0, needed = 0, parked = 0, num_idle = 0;
-  std::size_t num_retiring = 0, num_held_by_groups = 0;
+  std::size_t num_retiring = 0, num_held = 0;
   for (std::uint32_t id = 0; id < slots_.size(); ++id) {
     const Slot& slot = slots_[id];
     if (slot.state == SlotState::kLive) {
@@ -111,14 +111,20 @@ void KVArena::check_invariants(const std::vector<PageId>& cached) {
     }
   }
   for (const auto& [id, group] : swapped_) {
-    num_held_by_groups += group.held.size();
-    for (const PageId page : group.held) count(live, page);
+    num_held += group.num_held;
+    for (const PageId page : group.held) {
+      if (page != kNoPage) count(live, page);
+    }
+  }
+  for (const auto& [page, num_pins] : pinned_) {
+    num_held += num_pins;
+    for (std::uint32_t i = 0; i < num_pins; ++i) count(live, page);
   }
   for (const PageId page : cached) count(in_index, page);
   check_invariant(num_live == num_live_, "num_live is not the number of live slots");
   check_invariant(live_rows == live_rows_, "live_rows is not the sum of the slots' rows");
   check_invariant(needed == needed_pages_, "the pages that slots need are miscounted");
-  check_invariant(num_held_by_groups == held_pages_, "the pages groups hold are miscounted");
+  check_invariant(num_held == held_pages_, "held pages are miscounted");
   check_invariant(parked == idle_.num_pages(), "parked pages are miscounted");
   check_invariant(num_idle == idle_.size(), "the index of idle slots has strangers");
   check_invariant(num_retiring == retiring_.size(), "the list of retiring pages has strangers");

@@ -170,4 +170,24 @@ std::size_t KVArena::uncache_pages(const std::vector<PageId>& pages) {
   return num_freed;
 }
 
+void KVArena::pin_pages(const std::vector<PageId>& pages) {
+  const Lock lock = enter();
+  for (const PageId page : pages) {
+    check_invariant(pool_.try_share(page), "a page is pinned that nobody refers to");
+    ++pinned_[page];
+    ++held_pages_;
+  }
+}
+
+void KVArena::unpin_pages(const std::vector<PageId>& pages) {
+  const Lock lock = enter();
+  for (const PageId page : pages) {
+    const auto pin = pinned_.find(page);
+    check_invariant(pin != pinned_.end(), "a page is unpinned that is not pinned");
+    if (--pin->second == 0) pinned_.erase(pin);
+    --held_pages_;
+    pool_.release(page);
+  }
+}
+
 }  // namespace vmalloc

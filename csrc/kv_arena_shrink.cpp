@@ -151,11 +151,16 @@ void KVArena::recycle_parked(std::size_t num_pages) {
   totals_.reclaimed_pages += num_recycled;
 }
 
-void KVArena::give_back_above_high() {
+/// After a resize to less: parked pages leave first.
+void KVArena::give_back_above_cap() {
   const PoolStats pool = pool_.stats();
-  if (pool.num_created > pool.max_pages + pool.num_retired) {  // after a resize to less
+  if (pool.num_created > pool.max_pages + pool.num_retired) {
     reclaim_parked(pool.num_created - pool.max_pages - pool.num_retired);
   }
+}
+
+void KVArena::give_back_above_high() {
+  give_back_above_cap();
   if (config_.high_pages >= config_.max_pages) return;
   const std::size_t num_free = pool_.stats().num_free;
   if (num_free + idle_.num_pages() <= config_.high_pages) return;

@@ -13,20 +13,24 @@ std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
   ++num_calls_;
   for (const std::uint32_t slot : slots) live_slot_once(slot);
   wait_landed(lock);
-  SwappedGroup group = pack_group(slots);
-  const std::size_t num_bytes = group.copied.size() * totals_.page_bytes;
+  std::vector<PageId> copied;
+  SwappedGroup group = pack_group(slots, &copied);
+  const std::size_t num_bytes = copied.size() * totals_.page_bytes;
   if (totals_.swapped_bytes + num_bytes > config_.swap_bytes) return std::nullopt;
-  group.copies.reset(new (std::nothrow) char[num_bytes]);
-  if (num_bytes > 0 && group.copies == nullptr) return std::nullopt;
-  for (std::size_t i = 0; i < group.copied.size(); ++i) {
-    driver_->read_page(pool_.handle(group.copied[i]), group.copies.get() + i * totals_.page_bytes);
+  for (const PageId page : copied) {
+    std::unique_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
+    if (copy == nullptr) return std::nullopt;
+    driver_->read_page(pool_.handle(page), copy.get());
+    group.copies.push_back(std::move(copy));
   }
   for (const PageId page : group.held) {
     check_invariant(pool_.try_share(page), "a live slot has a page that nobody refers to");
   }
-  held_pages_ += group.held.size();
+  group.num_held = group.held.size();
+  group.num_copies = copied.size();
+  held_pages_ += group.num_held;
   totals_.swapped_bytes += num_bytes;
-  totals_.swap_out_pages += group.copied.size();
+  totals_.swap_out_pages += group.num_copies;
   const std::uint64_t id = next_group_++;
   swapped_.emplace(id, std::move(group));
   for (const std::uint32_t slot : slots) end_sequence(slot);
@@ -34,7 +38,7 @@ std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
 }
 
 /// Say for every page that rows of the slots need whether it is copied or held, each once.
-SwappedGroup KVArena::pack_group(const Slots& slots) const {
+SwappedGroup KVArena::pack_group(const Slots& slots, std::vector<PageId>* copied) const {
   std::map<PageId, std::uint32_t> num_places;
   for (const std::uint32_t slot : slots) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
@@ -49,7 +53,7 @@ SwappedGroup KVArena::pack_group(const Slots& slots) const {
     if (found != packed.end()) return found->second;
     // Live references from elsewhere: a slot outside the group, or a group swapped out before.
     const bool is_held = pool_.num_live(page) > num_places[page];
-    std::vector<PageId>& list = is_held ? group.held : group.copied;
+    std::vector<PageId>& list = is_held ? group.held : *copied;
     const SwappedPage entry{is_held, list.size()};
     list.push_back(page);
     packed[page] = entry;
@@ -57,7 +61,7 @@ SwappedGroup KVArena::pack_group(const Slots& slots) const {
   };
   for (const std::uint32_t slot : slots) {
     const Slot& entry = slots_[slot];
-    SwappedSlot swapped{entry.num_rows, entry.reserved_rows, {}};
+    SwappedSlot swapped{false, entry.num_rows, entry.reserved_rows, {}};
     for (std::size_t r = 0; r < regions_.size(); ++r) {
       std::vector<SwappedPage> pages;
       const std::size_t needed = pages_needed(r, entry.committed_rows());
@@ -75,29 +79,23 @@ std::optional<KVArena::Slots> KVArena::try_swap_in(std::uint64_t id) {
   const SwappedGroup& group = found->second;
   shortage_ = 0;
   poll_fences();
-  if (!has_room(group.copied.size(), watermark())) return std::nullopt;
-  std::vector<PageId> pages(group.copied.size());
+  if (!has_room(group.num_copies, watermark())) return std::nullopt;
+  std::vector<PageId> pages(group.copies.size(), kNoPage);  // by number of the copy
   if (!acquire_group(lock, group, &pages)) return std::nullopt;
   std::vector<Prefix> prefixes;
   std::vector<const Prefix*> starts;
   std::vector<std::size_t> num_rows, reserved_rows;
+  prefixes.reserve(group.slots.size());
   for (const SwappedSlot& slot : group.slots) {
-    Prefix prefix;
-    prefix.num_rows = 0;  // nothing to copy behind the pages: they are all there
-    prefix.tails.assign(regions_.size(), kNoPage);
-    for (const std::vector<SwappedPage>& region : slot.regions) {
-      std::vector<PageId>& list = prefix.pages.emplace_back();
-      for (const SwappedPage page : region) {
-        list.push_back(page.is_held ? group.held[page.idx] : pages[page.idx]);
-      }
-    }
-    prefixes.push_back(std::move(prefix));
+    if (slot.is_dropped) continue;
+    starts.push_back(&prefixes.emplace_back(start_of(group, slot, pages)));
     num_rows.push_back(slot.num_rows);
     reserved_rows.push_back(slot.reserved_rows);
   }
-  for (const Prefix& prefix : prefixes) starts.push_back(&prefix);
   const auto let_go = [&] {
-    for (const PageId page : pages) pool_.release(page);
+    for (const PageId page : pages) {
+      if (page != kNoPage) pool_.release(page);
+    }
   };
   std::optional<Slots> slots;
   try {
@@ -109,37 +107,93 @@ std::optional<KVArena::Slots> KVArena::try_swap_in(std::uint64_t id) {
   let_go();  // the slots have references of their own now
   if (!slots) return std::nullopt;
   note_peak();
-  totals_.swap_in_pages += pages.size();
+  totals_.swap_in_pages += group.num_copies;
   forget_group(swapped_.find(id));
   for (const std::uint32_t slot : *slots) unshare(slot);
   return slots;
 }
 
+/// The pages of a swapped slot, for a new slot to start with: all it needs.
+Prefix KVArena::start_of(const SwappedGroup& group, const SwappedSlot& slot,
+                         const std::vector<PageId>& pages) const {
+  Prefix prefix;
+  prefix.num_rows = 0;  // nothing to copy behind the pages
+  prefix.tails.assign(regions_.size(), kNoPage);
+  for (const std::vector<SwappedPage>& region : slot.regions) {
+    std::vector<PageId>& list = prefix.pages.emplace_back();
+    for (const SwappedPage page : region) {
+      list.push_back(page.is_held ? group.held[page.idx] : pages[page.idx]);
+    }
+  }
+  return prefix;
+}
+
 /// Take new pages for the group's copies and fill them; or none, and false.
 bool KVArena::acquire_group(Lock& lock, const SwappedGroup& group, std::vector<PageId>* pages) {
   bool any_used = false;
+  std::vector<PageId> acquired(group.num_copies);
   wait_landed(lock);
   if (is_closed_) throw ClosedError("this KV arena is closed");
-  if (!make_room(pages->size()) ||
-      !pool_.try_acquire(pages->size(), kNoPage, pages->data(), &any_used)) {
+  if (!make_room(acquired.size()) ||
+      !pool_.try_acquire(acquired.size(), kNoPage, acquired.data(), &any_used)) {
     const std::size_t available = pool_.available();
-    shortage_ = pages->size() > available ? pages->size() - available : 1;
+    shortage_ = acquired.size() > available ? acquired.size() - available : 1;
     return false;
   }
   try {
-    for (std::size_t i = 0; i < pages->size(); ++i) {
-      driver_->write_page(pool_.handle((*pages)[i]), group.copies.get() + i * totals_.page_bytes);
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < group.copies.size(); ++i) {
+      if (group.copies[i] == nullptr) continue;
+      (*pages)[i] = acquired[next++];
+      driver_->write_page(pool_.handle((*pages)[i]), group.copies[i].get());
     }
   } catch (...) {
-    for (const PageId page : *pages) pool_.release(page);
+    for (const PageId page : acquired) pool_.release(page);
     throw;
   }
   return true;
 }
 
-void KVArena::drop_swapped(std::uint64_t id) {
+void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
   const Lock lock = enter();
-  forget_group(find_group(id));
+  const auto found = find_group(id);
+  SwappedGroup& group = found->second;
+  if (idx >= group.slots.size() || group.slots[idx].is_dropped) {
+    throw ConfigError(with_limit("slot of the group", idx,
+                                 "one of " + std::to_string(group.slots.size()) + " not dropped"));
+  }
+  group.slots[idx].is_dropped = true;
+  group.slots[idx].regions.clear();
+  std::vector<bool> is_held(group.held.size()), is_copied(group.copies.size());
+  bool any_left = false;
+  for (const SwappedSlot& slot : group.slots) {
+    any_left = any_left || !slot.is_dropped;
+    for (const std::vector<SwappedPage>& region : slot.regions) {
+      for (const SwappedPage page : region) (page.is_held ? is_held : is_copied)[page.idx] = true;
+    }
+  }
+  if (!any_left) return forget_group(found);
+  for (std::size_t i = 0; i < is_held.size(); ++i) {
+    if (!is_held[i]) drop_held(&group, i);
+  }
+  for (std::size_t i = 0; i < is_copied.size(); ++i) {
+    if (!is_copied[i]) drop_copy(&group, i);
+  }
+}
+
+void KVArena::drop_held(SwappedGroup* group, std::size_t idx) {
+  if (group->held[idx] == kNoPage) return;
+  pool_.release(group->held[idx]);
+  group->held[idx] = kNoPage;
+  --group->num_held;
+  --held_pages_;
+}
+
+void KVArena::drop_copy(SwappedGroup* group, std::size_t idx) {
+  if (group->copies[idx] == nullptr) return;
+  group->copies[idx].reset();
+  --group->num_copies;
+  totals_.swapped_bytes -= totals_.page_bytes;
 }
 
 std::map<std::uint64_t, SwappedGroup>::iterator KVArena::find_group(std::uint64_t id) {
@@ -152,9 +206,8 @@ std::map<std::uint64_t, SwappedGroup>::iterator KVArena::find_group(std::uint64_
 }
 
 void KVArena::forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group) {
-  for (const PageId page : group->second.held) pool_.release(page);
-  held_pages_ -= group->second.held.size();
-  totals_.swapped_bytes -= group->second.copied.size() * totals_.page_bytes;
+  for (std::size_t i = 0; i < group->second.held.size(); ++i) drop_held(&group->second, i);
+  for (std::size_t i = 0; i < group->second.copies.size(); ++i) drop_copy(&group->second, i);
   swapped_.erase(group);
 }
 

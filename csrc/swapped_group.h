@@ -18,6 +18,7 @@ struct SwappedPage {
 };
 
 struct SwappedSlot {
+  bool is_dropped;  ///< it is not wanted back
   std::size_t num_rows;
   std::size_t reserved_rows;
   std::vector<std::vector<SwappedPage>> regions;
@@ -25,9 +26,10 @@ struct SwappedSlot {
 
 struct SwappedGroup {
   std::vector<SwappedSlot> slots;
-  std::vector<PageId> held;    ///< one live reference each
-  std::vector<PageId> copied;  ///< where the copies came from; means nothing once they are made
-  std::unique_ptr<char[]> copies;
+  std::vector<PageId> held;  ///< one live reference each; kNoPage where no slot needs it any more
+  std::vector<std::unique_ptr<char[]>> copies;  ///< likewise null
+  std::size_t num_held = 0;
+  std::size_t num_copies = 0;
 };
 
 }  // namespace vmalloc

@@ -30,8 +30,8 @@ class BlockPool:
         was_used: per block, whether it ever held anything.
     """
 
-    def __init__(self, num_blocks: int, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, num_blocks: int) -> None:
+        self.capacity = num_blocks
         self.refs = np.zeros(num_blocks, np.int32)
         self.seq_refs = np.zeros(num_blocks, np.int32)
         self.holds = np.zeros(num_blocks, np.int32)

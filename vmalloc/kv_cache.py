@@ -137,6 +137,9 @@ class VirtualKVCache:
             return None
         found = None if hit is None else self._prefixes.find(hit, group.num_tokens - 1)
         slots = self._try_slots(group, found)
+        if slots is None and found is not None and self._arena.last_shortage() > 0:
+            found = None  # what it was found in is in the way; there is room once that is evicted
+            slots = self._try_slots(group, None)
         if slots is None:
             return None
         for seq_id, slot in zip(group.seq_ids, slots, strict=True):
@@ -147,7 +150,10 @@ class VirtualKVCache:
                 self._prefixes.start(seq_id, group.cache_salt, node)
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
-            self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
+            is_whole = num_cached == len(hit.token_ids) - 1  # the last one is always computed
+            reason = "" if is_whole else hit.miss_reason
+            for _ in group.seq_ids:
+                self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, reason)
         return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
@@ -265,12 +271,12 @@ class VirtualKVCache:
 
     def _free_swapped(self, seq_id: int) -> None:
         swapped = self._swapped.pop(seq_id)
-        swapped.seq_ids[swapped.seq_ids.index(seq_id)] = None
+        idx = swapped.seq_ids.index(seq_id)
+        self._arena.drop_swapped(swapped.group, idx)
+        swapped.seq_ids[idx] = None
         self._prefixes.end(seq_id)
         del self._len_of[seq_id]
         self._cut.discard(seq_id)
-        if not any(other is not None for other in swapped.seq_ids):
-            self._arena.drop_swapped(swapped.group)
 
     def try_swap_out(self, seq_ids: Sequence[int]) -> bool:
         swapped = self._swap_out(seq_ids)
@@ -289,9 +295,7 @@ class VirtualKVCache:
         return _SwappedGroup(group, list(seq_ids))
 
     def try_swap_in(self, seq_ids: Sequence[int]) -> bool:
-        swapped = self._swapped.get(seq_ids[0]) if seq_ids else None
-        if swapped is None or {seq for seq in swapped.seq_ids if seq is not None} != set(seq_ids):
-            raise ConfigError(f"seq_ids {tuple(seq_ids)} are not a group that was swapped out")
+        swapped = self._swapped_group(seq_ids)
         if len(self._slot_of) + len(seq_ids) > self._config.max_num_seqs:
             return False
         if not self._swap_in(swapped):
@@ -300,15 +304,28 @@ class VirtualKVCache:
             del self._swapped[seq_id]
         return True
 
+    def _swapped_group(self, seq_ids: Sequence[int]) -> _SwappedGroup:
+        self._check_awake()
+        for seq_id in seq_ids:
+            if seq_id not in self._swapped:
+                raise ConfigError(f"seq_id {seq_id} is not swapped out")
+        swapped = self._swapped[seq_ids[0]] if seq_ids else _SwappedGroup(0, [])
+        left = [seq_id for seq_id in swapped.seq_ids if seq_id is not None]
+        if sorted(left) != sorted(seq_ids):
+            raise ConfigError(
+                f"seq_ids {tuple(seq_ids)} are not a group; those swapped out together are "
+                f"{tuple(left)}"
+            )
+        return swapped
+
     def _swap_in(self, swapped: _SwappedGroup) -> bool:
         slots = self._evicting(lambda: self._arena.try_swap_in(swapped.group))
         if slots is None:
             return False
-        for seq_id, slot in zip(swapped.seq_ids, slots, strict=True):
-            if seq_id is None:
-                self._arena.free([slot])  # it was freed meanwhile; its pages came back with it
-            else:
-                self._slot_of[seq_id] = slot
+        left = [seq_id for seq_id in swapped.seq_ids if seq_id is not None]
+        for seq_id, slot in zip(left, slots, strict=True):
+            self._slot_of[seq_id] = slot
+            self._prefixes.resume(seq_id, slot)
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
@@ -445,6 +462,7 @@ class VirtualKVCache:
 
     def try_wake(self) -> bool:
         if not self._is_asleep:
+            self._core_arena.available_pages()  # a closed one is neither
             raise ConfigError("the cache is awake")
         self._is_asleep = False
         if self._sleeping is not None and not self._swap_in(self._sleeping):
@@ -454,7 +472,7 @@ class VirtualKVCache:
         return True
 
     def check_invariants(self) -> None:
-        self._core_arena.check_invariants(self._prefixes.page_ids())
+        self._arena.check_invariants(self._prefixes.page_ids())
         self._prefixes.index.check_invariants()
 
     def close(self) -> None:

@@ -53,9 +53,14 @@ def check_books(
     columns = np.arange(tables.ids.shape[1])
     used = columns < -(-tables.lens[:, None] // tables.block_size)
     _check("block ids past the ends of sequences", int(tables.ids[~used].sum()), 0)
+    filled = np.zeros(pool.num_blocks, np.int64)
     for row in used_rows:
         blocks = tables.blocks(row)
         _check("distinct blocks of a sequence", len(np.unique(blocks)), len(blocks))
+        rows_left = tables.lens[row] - np.arange(len(blocks)) * tables.block_size
+        filled[blocks] = np.maximum(filled[blocks], np.minimum(rows_left, tables.block_size))
+    num_distinct = tables.num_distinct_tokens(np.array(used_rows, np.intp), pool)
+    _check("live tokens, shared ones once", num_distinct, int(filled.sum()))
 
 
 def _check(what: str, booked: object, counted: object) -> None:

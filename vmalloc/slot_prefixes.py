@@ -63,7 +63,7 @@ class SlotPrefixes:
         self._num_regions = len(layout.row_bytes)
         self._sequences: dict[int, SequencePrefix] = {}
         self._slot = -1  # whose pages are being put into the index
-        self.index: PrefixIndex = PrefixIndex(self._steps.end, self._retain, self._release)
+        self.index = PrefixIndex(self._steps.end, self._retain, self._release, self._note_pin)
 
     def match(self, token_ids: Sequence[int], salt: str) -> PrefixHit:
         """The longest cached prefix, as far as the index tells; ``find`` may have to give less."""
@@ -134,20 +134,25 @@ class SlotPrefixes:
 
     def end(self, seq_id: int, slot: int | None = None) -> None:
         """Stop following; with ``slot``, leave the partly full pages to the index first."""
-        sequence = self._sequences.pop(seq_id, None)
+        sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
         if slot is not None:
             self._insert_tail(sequence, slot)
+        del self._sequences[seq_id]
         self.index.unlock(sequence.node)
 
     def restart(self, seq_id: int) -> None:
-        """The sequence's pages are others now: find its place anew when it registers again."""
+        """The sequence has no pages for now: it stands at the root."""
         sequence = self._sequences.get(seq_id)
-        if sequence is None:
-            return
-        self._move(sequence, self.index.root(sequence.node.salt))
-        sequence.num_known = 0
+        if sequence is not None:
+            self._move(sequence, self.index.root(sequence.node.salt))
+
+    def resume(self, seq_id: int, slot: int) -> None:
+        """It has pages again, in ``slot``: offer what it had registered."""
+        sequence = self._sequences.get(seq_id)
+        if sequence is not None:
+            self.register(seq_id, slot, sequence.token_ids, sequence.num_known)
 
     def salt_of(self, seq_id: int) -> str | None:
         """Salt of a sequence that is followed."""
@@ -203,6 +208,13 @@ class SlotPrefixes:
 
     def _release(self, pages: tuple[PageRef, ...]) -> int:
         return self._arena.uncache_pages([page[2] for page in pages])
+
+    def _note_pin(self, pages: tuple[PageRef, ...], change: int) -> None:
+        ids = [page[2] for page in pages]
+        if change > 0:
+            self._arena.pin_pages(ids)
+        else:
+            self._arena.unpin_pages(ids)
 
     def _nodes_below(self, match: PrefixMatch) -> list[PrefixNode]:
         """Nodes after the path whose pages the rest of the matched rows can be copied from.

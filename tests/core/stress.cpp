@@ -86,8 +86,13 @@ class Engine {
     }
     while (!live_.empty()) release(live_.begin()->first);
     while (!swapped_.empty()) {
-      arena_.drop_swapped(swapped_.begin()->first);
-      swapped_.erase(swapped_.begin());
+      if (dropped_.count(swapped_.begin()->first) != 0) {
+        swapped_.erase(swapped_.begin());  // left for close() to give back
+        continue;
+      }
+      const std::uint64_t group = swapped_.begin()->first;
+      for (std::size_t i = 0; i < swapped_[group].size(); ++i) arena_.drop_swapped(group, i);
+      swapped_.erase(group);
     }
     uncache();
   }
@@ -210,6 +215,7 @@ class Engine {
       if (pick(random_, 2) == 0) slots.push_back(entry.first);
     }
     for (const std::uint32_t slot : slots) check(slot);
+    if (slots.empty()) return;
     const auto group = arena_.try_swap_out(slots);
     if (!group) return;
     for (const std::uint32_t slot : slots) {
@@ -217,7 +223,12 @@ class Engine {
       live_.erase(slot);
       cut_.erase(slot);
     }
-    swapped_[*group];
+    std::vector<std::vector<float>>& values = swapped_[*group];
+    if (values.size() > 1 && pick(random_, 2) == 0) {  // one of them is aborted meanwhile
+      arena_.drop_swapped(*group, 1);
+      values.erase(values.begin() + 1);
+      dropped_.insert(*group);
+    }
   }
 
   void swap_in() {
@@ -300,6 +311,7 @@ class Engine {
   std::map<std::uint32_t, std::vector<float>> live_;
   std::set<std::uint32_t> cut_;  // truncated since they were last written
   std::map<std::uint64_t, std::vector<std::vector<float>>> swapped_;
+  std::set<std::uint64_t> dropped_;  // groups that lost their second member
   std::vector<vmalloc::PageId> cached_;
   float next_value_ = 1;
 };

@@ -312,6 +312,19 @@ class TestCachedPages:
             arena.page_ids(admit(arena, 20), [0], [3])
         arena.check_invariants()
 
+    def test_pinned_pages_count_as_needed(self, arena):
+        slot = admit(arena, 64)
+        ids = arena.page_ids(slot, [0] * 8, list(range(8)))
+        arena.cache_pages(slot, [0] * 8, list(range(8)))
+        arena.pin_pages(ids[:3])
+        arena.free([slot])
+        arena.check_invariants(ids)
+        assert (arena.stats()["committed_pages"], arena.stats()["cached_pages"]) == (3, 5)
+        assert not arena.can_admit(5, 48)
+        arena.unpin_pages(ids[:3])
+        assert arena.can_admit(5, 48)
+        arena.check_invariants(ids)
+
 
 class TestSwap:
     def test_a_group_comes_back_with_its_rows_and_its_sharing(self, arena):
@@ -362,8 +375,27 @@ class TestSwap:
         before = pages(arena)
         assert arena.try_swap_out([slot]) is None
         assert pages(arena) == before
-        arena.drop_swapped(first)
+        for idx in range(4):
+            arena.drop_swapped(first, idx)
+        with pytest.raises(ConfigError, match="not swapped out"):
+            arena.drop_swapped(first, 0)
         assert arena.try_swap_out([slot]) is not None
+        arena.check_invariants()
+
+    def test_a_member_can_be_dropped_while_the_group_is_away(self, arena):
+        rows, parent = Rows(arena), admit(arena, 20)
+        rows.write(parent, 0, 20, 0)
+        (child, other) = arena.try_fork(parent, 2, 20)
+        group = arena.try_swap_out([parent, child])  # two pages are held for `other`
+        assert arena.stats()["swapped_bytes"] == 2 * PAGE
+        arena.drop_swapped(group, 0)
+        assert arena.stats()["swapped_bytes"] == PAGE
+        arena.check_invariants()
+        with pytest.raises(ConfigError, match="slot of the group is 0"):
+            arena.drop_swapped(group, 0)
+        free(arena, other)
+        (child,) = arena.try_swap_in(group)
+        rows.check(child, 0, 20, 0)
         arena.check_invariants()
 
     def test_no_room_to_come_back_is_a_value(self, arena):
@@ -461,7 +493,8 @@ def test_any_failing_call_while_sharing_leaves_sound_books(kind, protect):
         driver.fail_release_call(2**63)
         arena.free(live)
         if group is not None:
-            arena.drop_swapped(group)
+            for idx in range(3):
+                arena.drop_swapped(group, idx)
         num_struck += len(live) != 3
         assert len(arena.try_admit(2, 40)) == 2, f"call {call}"
         arena.check_invariants()

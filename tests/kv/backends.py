@@ -8,7 +8,7 @@ import torch
 
 from vmalloc import KVCacheConfig, LayerKVSpec, SequenceGroupSpec, create_kv_backend
 
-KINDS = ["paged"]  # "virtual" joins with its sharing
+KINDS = ["virtual", "paged"]
 BLOCK = 4  # small, so that a few tokens make several blocks
 
 SHAPES = {
@@ -187,6 +187,23 @@ class Engine:
             self.contents.check(seq_id, self.tokens[seq_id], self.salts[seq_id])
             assert self.contents.length(seq_id) == len(self.tokens[seq_id])
         self.cache.check_invariants()
+
+    def rows_per_page(self):
+        """Rows that fit into a page or a block."""
+        cache = self.cache
+        if cache.name == "paged":
+            return cache.config.block_size
+        return max(cache.stats().page_bytes // row for row in cache.layout.row_bytes)
+
+    def may_cache(self, num_tokens):
+        """What a hit of so many tokens may come to.
+
+        Where rows straddle pages, the end of the last row may lie in a page that nobody left.
+        """
+        straddles = self.cache.name == "virtual" and any(
+            self.cache.stats().page_bytes % row for row in self.cache.layout.row_bytes
+        )
+        return (num_tokens - 1, num_tokens) if straddles else (num_tokens,)
 
     def leave_prefix(self, seq_id, tokens, salt=""):
         """Let a sequence of ``tokens`` come and go, so that its prefix is cached."""

@@ -10,7 +10,8 @@ from .backends import BASES, KINDS, SHAPES, Contents, make_cache, make_config
 
 MAX_LEN = 96
 MAX_SEQS = 6
-SALTS = st.sampled_from(["", "red", None])
+SALTS = st.sampled_from(["", "", "", "red", None])
+CUTS = st.sampled_from([1, 5, 16, 17, 33, 60, 61, MAX_LEN])
 
 
 class BackendMachine(RuleBasedStateMachine):
@@ -20,8 +21,8 @@ class BackendMachine(RuleBasedStateMachine):
 
     @initialize(
         shape=st.sampled_from(sorted(SHAPES)),
-        share=st.sampled_from([1.5, 4.0]),
-        prefix_caching=st.sampled_from([True, True, False]),
+        share=st.sampled_from([1.2, 2.0, 4.0]),
+        prefix_caching=st.sampled_from([True, True, True, False]),
         commit_ahead=st.sampled_from([0, 3, 20]),
     )
     def start(self, shape, share, prefix_caching, commit_ahead):
@@ -43,6 +44,7 @@ class BackendMachine(RuleBasedStateMachine):
         self.tokens = {}  # of live sequences
         self.salts = {}  # of live and swapped ones
         self.swapped = []  # groups: seq_id -> tokens
+        self.is_registered = set()  # sequences that register whatever they write
         self.pins = []
         self.next_id = 0
         self.step = None
@@ -52,12 +54,13 @@ class BackendMachine(RuleBasedStateMachine):
     @rule(
         count=st.integers(1, 2),
         base=st.sampled_from(BASES),
-        cut=st.integers(0, MAX_LEN),
+        cut=CUTS,
         extra=st.integers(0, 20),
         salt=SALTS,
-        look_up=st.booleans(),
+        look_up=st.sampled_from([True, True, False]),
+        register=st.sampled_from([True, True, False]),
     )
-    def admit(self, count, base, cut, extra, salt, look_up):
+    def admit(self, count, base, cut, extra, salt, look_up, register):
         tokens = [*base[:cut], *[60 + extra % 3] * extra][:MAX_LEN]
         hit = self.cache.match_prefix(tokens, salt) if look_up and salt is not None else None
         ids = tuple(range(self.next_id, self.next_id + count))
@@ -74,11 +77,16 @@ class BackendMachine(RuleBasedStateMachine):
             self.tokens[seq_id], self.salts[seq_id] = tokens, salt
             self.contents.check(seq_id, tokens[:num_cached], salt)
             self.contents.write(seq_id, tokens, num_cached, salt)
+            if register:
+                self.is_registered.add(seq_id)
+                self.cache.register_tokens(seq_id, tokens, len(tokens))
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), keep_prefix=st.booleans())
+    @rule(data=st.data(), keep_prefix=st.sampled_from([True, True, False]))
     def free(self, data, keep_prefix):
-        seq_ids = data.draw(self.some_live())
+        self.free_all(data.draw(self.some_live()), keep_prefix)
+
+    def free_all(self, seq_ids, keep_prefix):
         self.cache.free(seq_ids, keep_prefix)
         for seq_id in seq_ids:
             del self.tokens[seq_id], self.salts[seq_id]
@@ -105,6 +113,8 @@ class BackendMachine(RuleBasedStateMachine):
             first = len(self.tokens[seq_id])
             self.tokens[seq_id] = tokens
             self.contents.write(seq_id, tokens, first, self.salts[seq_id])
+            if seq_id in self.is_registered:
+                self.cache.register_tokens(seq_id, tokens, len(tokens))
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), share=st.floats(0, 1))
@@ -151,9 +161,7 @@ class BackendMachine(RuleBasedStateMachine):
         tokens = self.tokens[seq_id]
         self.cache.register_tokens(seq_id, tokens, int(share * len(tokens)))
 
-    @rule(
-        base=st.sampled_from(BASES), cut=st.integers(1, MAX_LEN), salt=st.sampled_from(["", "red"])
-    )
+    @rule(base=st.sampled_from(BASES), cut=CUTS, salt=st.sampled_from(["", "red"]))
     def pin(self, base, cut, salt):
         num_pinned = self.cache.pin_prefix(base[:cut], salt)
         if num_pinned:
@@ -169,6 +177,13 @@ class BackendMachine(RuleBasedStateMachine):
     @rule()
     def flush(self):
         self.cache.flush_prefixes()
+
+    @rule(base=st.sampled_from(BASES), cut=CUTS)
+    def come_and_go(self, base, cut):
+        """A short life between two rules: most prefixes are left by ended sequences."""
+        self.admit(1, base, cut, 0, "", True, True)
+        if self.next_id - 1 in self.tokens:
+            self.free_all([self.next_id - 1], keep_prefix=True)
 
     # Host memory
 

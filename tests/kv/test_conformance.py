@@ -89,7 +89,7 @@ def test_a_fork_holds_what_its_parent_held_and_both_write_their_own(kind, shape,
     assert engine.extend_all({1: B[:20], 2: C[:20]})
     engine.check()
     stats = engine.cache.stats()
-    assert stats.aliased_pages > 0 or length < 4
+    assert stats.aliased_pages > 0 or length < 4 or engine.rows_per_page() > length
     # Each of three may have had to leave its parent's last page.
     assert stats.cow_copies > 0 or length % 4 == 0
 
@@ -163,7 +163,7 @@ def test_an_ended_sequence_leaves_its_prefix_to_the_token(kind, shape):
     for seq_id, common in enumerate((45, 44, 37, 32, 17, 4, 1), start=1):
         tokens = [*A[:common], *[99] * 20]
         assert engine.cache.match_prefix(tokens).num_tokens == common
-        assert engine.admit(seq_id, tokens) == common
+        assert engine.admit(seq_id, tokens) in engine.may_cache(common)
     engine.check()
     assert engine.cache.stats().aliased_pages > 0
     assert engine.cache.stats().cow_copies > 0
@@ -204,15 +204,16 @@ def test_a_group_is_admitted_with_the_same_prefix(kind):
     engine.leave_prefix(0, A[:30])
     hit = engine.cache.match_prefix(A[:40])
     group = SequenceGroupSpec((1, 2, 3), 40)
-    assert engine.cache.try_admit(group, hit).num_cached_tokens == 30
+    num_cached = engine.cache.try_admit(group, hit).num_cached_tokens
+    assert num_cached in engine.may_cache(30)
     engine.cache.check_invariants()
     for seq_id in (1, 2, 3):
-        engine.contents.check(seq_id, A[:30])
-        engine.contents.write(seq_id, A[:40], 30)
+        engine.contents.check(seq_id, A[:num_cached])
+        engine.contents.write(seq_id, A[:40], num_cached)
         engine.tokens[seq_id], engine.salts[seq_id] = A[:40], ""
     engine.check()
     assert engine.cache.prefix_stats().num_lookups == 4
-    assert engine.cache.prefix_stats().hit_tokens == 90
+    assert engine.cache.prefix_stats().hit_tokens == 3 * num_cached
 
 
 @each_kind
@@ -242,7 +243,7 @@ def test_salts_keep_tenants_apart(kind):
     assert engine.cache.match_prefix(A[:60], "blue").num_tokens == 0
     assert engine.cache.match_prefix(A[:60], "blue").miss_reason == "other_salt"
     assert engine.admit(1, A[:60], "blue") == 0
-    assert engine.admit(2, A[:60], "red") == 40
+    assert engine.admit(2, A[:60], "red") in engine.may_cache(40)
     engine.check()
 
 
@@ -294,7 +295,7 @@ def test_a_truncated_sequence_takes_another_way_and_leaves_both(kind, shape):
     assert engine.extend(0, *B[:30])
     engine.register(0)
     engine.free(0)
-    assert engine.admit(1, [*A[:18], *B[:30], 1]) == 48
+    assert engine.admit(1, [*A[:18], *B[:30], 1]) in engine.may_cache(48)
     assert engine.cache.match_prefix(A[:40]).num_tokens >= 18
     engine.check()
 
@@ -310,7 +311,8 @@ def test_misses_are_counted_by_reason(kind):
     assert (stats.num_lookups, stats.queried_tokens) == (4, 40 + 41 + 80 + 40)
     assert stats.hit_tokens == 80
     assert stats.misses["never_seen"] == 3  # the first of all was one
-    assert sum(stats.misses.values()) == 3
+    assert stats.misses["shorter_than_page"] == 1
+    assert sum(stats.misses.values()) == 4
 
 
 @each_kind
@@ -354,7 +356,7 @@ def test_flushing_leaves_what_is_in_use(kind):
 def test_pressure_evicts_the_coldest_prefix_and_nothing_in_use(kind, shape):
     engine = Engine(kind, shape)
     page = engine.cache.stats().page_bytes
-    engine.cache.resize(-(-5 * engine.cache.bytes_for(60) // page) * page)
+    engine.cache.resize(-(-49 * engine.cache.bytes_for(60) // 10 // page) * page)
     engine.admit(0, A[:60])
     engine.register(0)
     engine.leave_prefix(1, B[:60])
@@ -464,7 +466,7 @@ def test_a_swapped_sequence_keeps_what_it_registered(kind):
     assert engine.cache.match_prefix(A[:50]).num_tokens == 0
     assert engine.swap_in(0)
     engine.free(0)
-    assert engine.admit(1, A[:60]) == 50
+    assert engine.admit(1, A[:60]) in engine.may_cache(50)
     engine.check()
 
 
@@ -472,7 +474,7 @@ def test_a_swapped_sequence_keeps_what_it_registered(kind):
 def test_a_prefix_that_only_the_index_shares_survives_a_swap(kind):
     engine = Engine(kind)
     engine.leave_prefix(0, A[:50])
-    assert engine.admit(1, A[:60]) == 50
+    assert engine.admit(1, A[:60]) in engine.may_cache(50)
     assert engine.swap_out(1)
     assert engine.admit(2, A[:60]) >= 45
     assert engine.swap_in(1)
@@ -703,14 +705,15 @@ def test_the_cap_moves_both_ways(kind, shape):
     capacity = cache.stats().capacity_bytes
     engine.admit(0, A[:60])
     engine.leave_prefix(1, B[:60])
-    cache.resize(cache.bytes_for(60) // 2)
+    cap = max(cache.bytes_for(60) // 2, 7 * cache.stats().page_bytes)
+    cache.resize(cap)
     cache.check_invariants()
     assert cache.match_prefix(B[:60]).num_tokens < 60
     assert not engine.extend(0, *C[:20])
     assert engine.admit(2, C[:30]) is None
     engine.check()
     engine.free(0, keep_prefix=False)
-    assert cache.stats().created_pages * cache.stats().page_bytes <= cache.bytes_for(60) // 2
+    assert cache.stats().created_pages * cache.stats().page_bytes <= cap
     cache.resize(capacity)
     assert engine.admit(3, C[:100]) == 0
     engine.check()

@@ -183,7 +183,7 @@ def test_auto_names_its_choice_and_reason():
     assert create_kv_backend(make_cache().config).name == "virtual"
 
 
-@pytest.mark.parametrize("kind", ["paged", "contiguous"])
+@pytest.mark.parametrize("kind", ["contiguous", "block"])
 def test_unknown_backend_is_refused_by_name(kind):
     with pytest.raises(ConfigError, match=kind):
         create_kv_backend(make_cache().config, kind=kind)
