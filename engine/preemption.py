@@ -15,7 +15,7 @@ from .preemption_cost import PreemptionCost, PreemptionKind
 from .sequence_group import GroupStatus, SequenceGroup
 
 if TYPE_CHECKING:
-    from ..backend import KVBackend
+    from ..backend import KVBackend, KVCacheStats
     from .config import PreemptionMode
 
 logger = logging.getLogger(__name__)
@@ -90,12 +90,11 @@ class Preemptor:
             self.num_recomputed_tokens += num_tokens
             what = f"recompute, {num_tokens} computed tokens dropped"
         logger.info(
-            "preempted request %s by %s; free pages: %d before, %d after, %d more retiring",
+            "preempted request %s by %s; others could take %d pages before, %d after",
             group.request_id,
             what,
-            before.free_pages,
-            after.free_pages,
-            after.retired_pages - before.retired_pages,
+            _available_pages(before),
+            _available_pages(after),
         )
         return "swap" if is_swapped else "recompute"
 
@@ -128,6 +127,12 @@ class Preemptor:
         num_bytes = num_own_tokens * config.token_bytes
         num_bytes = -(-num_bytes // page_bytes) * page_bytes  # each page is copied whole
         return self._cost.cheaper(num_own_tokens, num_bytes) == "swap"
+
+
+def _available_pages(stats: KVCacheStats) -> int:
+    """Free pages, those that come back after this step, and those that nobody needs."""
+    unneeded_bytes = stats.ahead_bytes + stats.parked_bytes + stats.cached_bytes
+    return stats.free_pages + stats.retired_pages + unneeded_bytes // stats.page_bytes
 
 
 def _rank(group: SequenceGroup) -> tuple[int, int]:

@@ -96,6 +96,9 @@ class CountingBackend:
             page_bytes=self.page_tokens,
             free_pages=self.free_pages,
             retired_pages=self.retired_pages,
+            ahead_bytes=0,
+            parked_bytes=0,
+            cached_bytes=0,
         )
 
 
