@@ -15,7 +15,8 @@ from .beam_decoding import advance_beams
 from .logprobs import prompt_logprobs
 from .outputs import Logprob
 from .sampler import SampledTokens, sample, score_beams
-from .scheduler import ScheduledBatch, ScheduledGroup, Scheduler
+from .schedule import ScheduledBatch, ScheduledGroup
+from .scheduler import Scheduler
 from .sequence import Sequence
 from .sequence_group import SequenceGroup
 from .stop import check_stop, complete_text
