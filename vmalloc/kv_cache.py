@@ -150,10 +150,8 @@ class VirtualKVCache:
                 self._prefixes.start(seq_id, group.cache_salt, node)
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
-            is_whole = num_cached == len(hit.token_ids) - 1  # the last one is always computed
-            reason = "" if is_whole else hit.miss_reason
             for _ in group.seq_ids:
-                self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, reason)
+                self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
         return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
