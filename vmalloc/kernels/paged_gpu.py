@@ -222,9 +222,9 @@ def _attend_by_triton(
             v_cache,
             view,
             out,
-            softmax_scale=softmax_scale,
+            softmax_scale=float(softmax_scale),  # an int would compile another kernel
             window_left=window_left,
-            softcap=softcap,
+            softcap=float(softcap),
             sinks=sinks,
         )
 

@@ -14,6 +14,7 @@ from vmalloc.kernels.paged_gpu import append_kv, copy_blocks, kernel_name, varle
 
 BATCH = make_batch([2, 1], [5, 8], k_dim=8)
 QUERY = random_query(BATCH, 4)
+BLOCKS = torch.zeros(4, 1, 8, 6, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -76,17 +77,17 @@ def test_mismatched_key_and_value_are_refused() -> None:
 @pytest.mark.parametrize(
     ("blocks", "pairs", "num_rows", "message"),
     [
-        (torch.zeros(4, 8), int32([0, 1]), None, "4 dimensions"),
-        (torch.zeros(4, 1, 8, 6)[..., :3], int32([0, 1]), None, r"strides .* \(3, 1\)"),
-        (torch.zeros(4, 1, 8, 6), int32([0, 1]).long(), None, "pairs is torch.int64"),
-        (torch.zeros(4, 1, 8, 6), int32([0, 1]), int32([1, 2]), r"num_rows .* \(1,\)"),
+        (BLOCKS[:, 0, 0], int32([0, 1]), None, "4 dimensions"),
+        (BLOCKS[..., :3], int32([0, 1]), None, r"strides .* \(3, 1\)"),
+        (BLOCKS, int32([0, 1]).long(), None, "pairs is torch.int64"),
+        (BLOCKS, int32([0, 1]), int32([1, 2]), r"num_rows .* \(1,\)"),
     ],
 )
 def test_bad_copies_are_named(
     blocks: torch.Tensor, pairs: torch.Tensor, num_rows: torch.Tensor | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        copy_blocks(blocks.to(DEVICE), pairs.unflatten(0, (1, 2)), num_rows)
+        copy_blocks(blocks, pairs.unflatten(0, (1, 2)), num_rows)
 
 
 def test_kernel_name_tells_decode_from_prefill() -> None:
