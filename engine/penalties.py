@@ -64,7 +64,8 @@ class TokenHistory:
                     self._place(token_id)
             start = num_prompt_tokens
         for token_id in token_ids[start:]:
-            self._counts[self._place(token_id)] += 1.0
+            place = self._place(token_id)  # first: it may move the arrays
+            self._counts[place] += 1.0
         self._num_read = len(token_ids)
         self._last = token_ids[-1]
 

@@ -23,6 +23,9 @@ MIN_TEMPERATURE = 1e-30
 MAX_TEMPERATURE = 1e30
 """Beyond these a temperature acts as its limit does: greedy, or uniform."""
 
+NUM_DRAWN_LOGITS = 1 << 17
+"""Logits that are drawn from at once: their float64 copies stay in the processor's cache."""
+
 NOT_FINITE = "the model's logits are not finite"
 
 
@@ -113,10 +116,12 @@ def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: list[int]) -> lis
     if not rows:
         return best
     chosen = list(best)
-    is_all = len(rows) == len(seqs)
-    drawn = _choose_randomly([seqs[row] for row in rows], logits if is_all else logits[rows])
-    for row, token_id in zip(rows, drawn, strict=True):
-        chosen[row] = token_id
+    num_at_once = max(1, NUM_DRAWN_LOGITS // logits.shape[1])
+    for start in range(0, len(rows), num_at_once):
+        block = rows[start : start + num_at_once]
+        drawn = _choose_randomly([seqs[row] for row in block], logits[block])
+        for row, token_id in zip(block, drawn, strict=True):
+            chosen[row] = token_id
     return chosen
 
 

@@ -44,7 +44,11 @@ def keep_typical(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
     entropy = -parts.sum(axis=-1, keepdims=True)
     # As float32, for tokens of equal logits to tie.
     distance = np.abs(-logprobs - entropy).astype(np.float32)
-    order = np.argsort(distance, axis=-1, kind="stable")
+    # An argsort, several times faster: bits of positive floats sort as the floats do.
+    keys = distance.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(distance.shape[1], dtype=np.uint64)
+    keys.sort(axis=-1)
+    order = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
     reached = np.cumsum(np.take_along_axis(probs, order, axis=-1), axis=-1) < mass[:, None]
     last = np.minimum(reached.sum(axis=-1, keepdims=True), scores.shape[1] - 1)
     limit = np.take_along_axis(distance, np.take_along_axis(order, last, axis=-1), axis=-1)
