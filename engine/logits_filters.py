@@ -89,6 +89,7 @@ def make_filters(
 ) -> SequenceFilters | None:
     """The filters of a new request; None where logits go to the choice as they are.
 
+    ``vocab_size`` is that of the logits; some models take more tokens than they can write.
     Raises ``ConfigError`` for token ids outside the vocabulary, for words without tokens, for a
     form that cannot be compiled, and where a tokenizer is needed and there is none.
     """

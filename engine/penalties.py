@@ -111,20 +111,22 @@ def apply_penalties(
 
     As vLLM does: first the repetition penalty, then frequency, then presence.
     """
-    sizes = [len(history.ids) for history in histories]
-    if not sum(sizes):
-        return
+    ids = np.concatenate([history.ids for history in histories])
+    counts = np.concatenate([history.counts for history in histories])
+    owners = np.repeat(np.arange(len(histories)), [len(history.ids) for history in histories])
+    # A prompt may hold tokens that the model takes and never writes.
+    is_written = ids < logits.shape[1]
+    ids, counts, owners = ids[is_written], counts[is_written], owners[is_written]
+    at = torch.from_numpy(np.array(rows, dtype=np.int64)[owners]), torch.from_numpy(ids)
+    count = torch.from_numpy(counts)
 
-    def spread(name: str) -> Tensor:
+    def each(name: str) -> Tensor:
         values = np.array([getattr(one, name) for one in params], dtype=np.float32)
-        return torch.from_numpy(np.repeat(values, sizes))
+        return torch.from_numpy(values[owners])
 
-    at = torch.from_numpy(np.repeat(np.array(rows, dtype=np.int64), sizes))
-    ids = torch.from_numpy(np.concatenate([history.ids for history in histories]))
-    counts = torch.from_numpy(np.concatenate([history.counts for history in histories]))
-    values = logits[at, ids]
-    repetition = spread("repetition_penalty")
+    values = logits[at]
+    repetition = each("repetition_penalty")
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= spread("frequency_penalty") * counts
-    values -= spread("presence_penalty") * (counts > 0)
-    logits[at, ids] = values
+    values -= each("frequency_penalty") * count
+    values -= each("presence_penalty") * (count > 0)
+    logits[at] = values

@@ -27,6 +27,9 @@ except ImportError:  # an optional extra
     llguidance = None
 
 MAX_CACHED_GRAMMARS = 64
+MAX_JSON_SPACE = 64
+"""Characters of white space in a row; small models would go on with it for ever."""
+
 _MAX_REASON_CHARS = 400
 
 
@@ -125,7 +128,10 @@ class StructuredOutputCompiler:
         return GrammarMatcher(self, compiled.deep_copy())
 
     def allowed(self, matchers: Sequence[GrammarMatcher]) -> Tensor:
-        """Which tokens may come next: bool ``[len(matchers), vocab_size]``; none where stuck."""
+        """Which tokens may come next: bool ``[len(matchers), vocab_size]``; none where stuck.
+
+        A matcher that runs into the library's limits here is stuck, with an ``error``.
+        """
         ll_tokenizer = self._tokens()
         num_words = (ll_tokenizer.vocab_size + 31) // 32
         masks = np.zeros((len(matchers), num_words), dtype=np.int32)
@@ -199,11 +205,11 @@ class StructuredOutputCompiler:
 def _grammar_text(params: StructuredOutputsParams) -> str:
     """A form in llguidance's own notation."""
     matcher = llguidance.LLMatcher
-    if params.json_object:
-        return str(matcher.grammar_from_json_schema({"type": "object"}))
-    if params.json is not None:
-        # As a dict: the call takes text for a schema's string value, not for its JSON.
-        return str(matcher.grammar_from_json_schema(json.loads(str(params.json))))
+    if params.json is not None or params.json_object:
+        schema = {"type": "object"} if params.json is None else json.loads(str(params.json))
+        # Defaults: a schema's own "x-guidance" has the last word.
+        space = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_JSON_SPACE}}}"}
+        return str(matcher.grammar_from_json_schema(schema, defaults=space))
     if params.regex is not None:
         return str(matcher.grammar_from_regex(params.regex))
     if params.choice is not None:

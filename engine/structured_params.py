@@ -24,7 +24,9 @@ class StructuredOutputsParams:
 
     Attributes:
         json: a JSON schema: text, a dict, or a class with ``model_json_schema`` (pydantic). Kept
-            as text, so a caller's later change does not reach a running request.
+            as text, so a caller's later change does not reach a running request. Keywords that
+            llguidance cannot enforce are refused; white space between tokens of the JSON is free,
+            up to 64 characters in a row.
         regex: a regular expression that the whole text matches (Rust ``regex`` syntax).
         choice: the text is one of these strings.
         grammar: a Lark grammar as llguidance reads it, or GBNF/EBNF with ``root ::= ...``.
@@ -70,13 +72,13 @@ def _schema_text(schema: Any) -> str:
             raise ConfigError(f"json is not the text of a JSON schema: {error}") from error
     elif hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()
-    if not isinstance(schema, Mapping | bool):
+    if not isinstance(schema, Mapping):
         raise ConfigError(
             f"json is a {type(schema).__name__}; it must be a JSON schema: text, a dict or a "
             "pydantic class"
         )
     try:
-        return json_module.dumps(dict(schema) if isinstance(schema, Mapping) else schema)
+        return json_module.dumps(dict(schema))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"json is not a JSON schema: {error}") from error
 

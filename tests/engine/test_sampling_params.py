@@ -70,6 +70,7 @@ def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], text: str)
         ({"regex": "a", "json_object": True}, "regex, json_object; exactly one"),
         ({"json": "{"}, "json is not the text"),
         ({"json": "[1]"}, "json is a list"),
+        ({"json": "false"}, "json is a bool"),
         ({"json": {"enum": [object()]}}, "json is not a JSON schema"),
         ({"regex": ""}, "regex is ''"),
         ({"grammar": 5}, "grammar is 5"),
