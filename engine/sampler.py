@@ -119,7 +119,8 @@ def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: list[int]) -> lis
     num_at_once = max(1, NUM_DRAWN_LOGITS // logits.shape[1])
     for start in range(0, len(rows), num_at_once):
         block = rows[start : start + num_at_once]
-        drawn = _choose_randomly([seqs[row] for row in block], logits[block])
+        block_logits = logits if len(block) == len(seqs) else logits[block]
+        drawn = _choose_randomly([seqs[row] for row in block], block_logits)
         for row, token_id in zip(block, drawn, strict=True):
             chosen[row] = token_id
     return chosen
