@@ -1,6 +1,6 @@
 """Chooses the next token of every sequence of a batch at once.
 
-A row's choice depends on that row's logits, settings and (seed, position) alone.
+A row's choice depends on that row's logits, history, settings and (seed, choice, position) alone.
 Owns: nothing.  Thread-safety: stateless.
 """
 
@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .logits_filters import apply_filters, make_filters, masking_filters
+from .logprobs import token_logprobs
 from .outputs import Logprob
 from .philox import uniforms
 from .sequence import Sequence
+from .truncation import keep_min_p, keep_top_k, keep_top_p, keep_typical
 
 MIN_TEMPERATURE = 1e-30
 MAX_TEMPERATURE = 1e30
 """Beyond these a temperature acts as its limit does: greedy, or uniform."""
+
+NUM_DRAWN_LOGITS = 1 << 17
+"""Logits that are drawn from at once: their float64 copies stay in the processor's cache."""
+
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass(slots=True)
@@ -27,46 +34,80 @@ class SampledTokens:
     """What a step chose.
 
     Attributes:
-        token_ids: one per sequence; None where the logits hold no finite maximum.
+        token_ids: one per sequence; None where no token can be chosen.
         logprobs: per sequence, candidates by token id, the chosen one first; None if not asked for.
+        errors: per sequence, why there is no token; None where there is one.
     """
 
     token_ids: list[int | None]
     logprobs: list[dict[int, Logprob] | None]
+    errors: list[str | None]
 
 
 @torch.inference_mode()
 def sample(seqs: SequenceABC[Sequence], logits: Tensor) -> SampledTokens:
     """Choose a token per sequence from float32 ``logits [num_seqs, vocab_size]`` (not changed)."""
-    allowed = _ban_early_stops(seqs, logits)
+    _complete_filters(seqs, logits)
+    allowed, failed = apply_filters(seqs, logits)
     best = allowed.max(dim=-1)
     chosen = _choose(seqs, allowed, best.indices.tolist())
+    errors: list[str | None] = [None] * len(seqs)
+    for row, is_finite in enumerate(best.values.isfinite().tolist()):
+        if row in failed:
+            errors[row] = failed[row]
+        elif not is_finite:
+            errors[row] = _explain(seqs[row], logits[row])
     logprobs: list[dict[int, Logprob] | None] = [None] * len(seqs)
-    rows = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
-    if rows:
-        _fill_logprobs(seqs, rows, logits, chosen, logprobs)
-    is_finite = best.values.isfinite().tolist()
-    token_ids = [
-        token_id if is_valid else None for token_id, is_valid in zip(chosen, is_finite, strict=True)
-    ]
-    return SampledTokens(token_ids, logprobs)
-
-
-def _ban_early_stops(seqs: SequenceABC[Sequence], logits: Tensor) -> Tensor:
-    """Logits without the stop tokens of sequences that are below ``min_tokens``."""
-    banned = [
-        (row, token_id)
+    wanted = [
+        (row, seq.params.num_logprobs)
         for row, seq in enumerate(seqs)
-        if seq.num_output_tokens < seq.params.min_tokens
-        for token_id in seq.stop_token_ids
-        if token_id < logits.shape[1]
+        if seq.params.num_logprobs is not None
     ]
-    if not banned:
-        return logits
-    logits = logits.clone()
-    rows, token_ids = zip(*banned, strict=True)
-    logits[list(rows), list(token_ids)] = -torch.inf
-    return logits
+    if wanted:
+        rows, counts = zip(*wanted, strict=True)
+        entries = token_logprobs(logits[list(rows)], [chosen[row] for row in rows], counts)
+        for row, entry in zip(rows, entries, strict=True):
+            logprobs[row] = entry
+    token_ids = [
+        token_id if error is None else None for token_id, error in zip(chosen, errors, strict=True)
+    ]
+    return SampledTokens(token_ids, logprobs, errors)
+
+
+@torch.inference_mode()
+def score_beams(seqs: SequenceABC[Sequence], logits: Tensor) -> tuple[Tensor, str | None]:
+    """Scores of every next token of one request's beams, for ``BeamSearch.advance``.
+
+    Returns float32 ``[num_beams, vocab_size]``: log-softmax of ``logits``, then the filters, as
+    Hugging Face orders them; and what ended the request, or None. A beam that its grammar lets go
+    nowhere is -inf throughout.
+    """
+    _complete_filters(seqs, logits)
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        return logits, NOT_FINITE
+    scores, errors = apply_filters(seqs, logits.log_softmax(dim=-1))
+    for row, error in errors.items():
+        filters = seqs[row].filters
+        if filters is None or not filters.is_stuck:
+            return scores, error
+    if not bool((scores > -torch.inf).any()):
+        return scores, next(iter(errors.values()), None) or _explain(seqs[0], logits[0])
+    return scores, None
+
+
+def _complete_filters(seqs: SequenceABC[Sequence], logits: Tensor) -> None:
+    """Filters that no engine has made, for those that need no tokenizer."""
+    for seq in seqs:
+        if seq.filters is None and seq.params.has_filters:
+            seq.filters = make_filters(seq.params, logits.shape[1])
+
+
+def _explain(seq: Sequence, logits: Tensor) -> str:
+    """Why a row holds no finite maximum."""
+    masks = masking_filters(seq)
+    if masks and bool(logits.max().isfinite()):
+        return f"no token is left to choose from; {masks} let none through"
+    return NOT_FINITE
 
 
 def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: list[int]) -> list[int]:
@@ -75,27 +116,33 @@ def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: list[int]) -> lis
     if not rows:
         return best
     chosen = list(best)
-    is_all = len(rows) == len(seqs)
-    drawn = _choose_randomly([seqs[row] for row in rows], logits if is_all else logits[rows])
-    for row, token_id in zip(rows, drawn, strict=True):
-        chosen[row] = token_id
+    num_at_once = max(1, NUM_DRAWN_LOGITS // logits.shape[1])
+    for start in range(0, len(rows), num_at_once):
+        block = rows[start : start + num_at_once]
+        block_logits = logits if len(block) == len(seqs) else logits[block]
+        drawn = _choose_randomly([seqs[row] for row in block], block_logits)
+        for row, token_id in zip(block, drawn, strict=True):
+            chosen[row] = token_id
     return chosen
 
 
 def _choose_randomly(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int]:
     """Invert the cumulative distribution, in vocabulary order, at one uniform number per row."""
+    params = [seq.params for seq in seqs]
     # float32 holds nothing smaller or larger: 0 / 0 and inf / inf would be NaN.
     temperature = torch.tensor(
-        [min(max(seq.params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for seq in seqs]
+        [min(max(one.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for one in params]
     )
     # From the maximum down, so that a tiny temperature gives -inf and never inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
-    scaled = _keep_top_k(seqs, scaled)
-    probs = _keep_top_p(seqs, scaled.softmax(dim=-1))
+    scaled = keep_top_k(params, keep_typical(params, keep_min_p(params, scaled)))
+    probs = keep_top_p(params, scaled.softmax(dim=-1))
     cumulative = probs.double().cumsum(dim=-1)
     total = cumulative[:, -1]
     numbers = uniforms(
-        [seq.seed for seq in seqs], [0] * len(seqs), [seq.num_tokens for seq in seqs]
+        [seq.seed for seq in seqs],
+        [seq.choice_idx for seq in seqs],
+        [seq.num_tokens for seq in seqs],
     )
     target = torch.from_numpy(numbers) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -104,54 +151,3 @@ def _choose_randomly(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int]:
     found = torch.searchsorted(cumulative, target, right=True)[:, 0]
     token_ids: list[int] = found.clamp_(max=logits.shape[1] - 1).tolist()  # NaN rows: see sample
     return token_ids
-
-
-def _keep_top_k(seqs: SequenceABC[Sequence], scores: Tensor) -> Tensor:
-    """Mask scores below each row's k-th largest; ties with it stay."""
-    vocab_size = scores.shape[1]
-    rows = [row for row, seq in enumerate(seqs) if 0 < seq.params.top_k < vocab_size]
-    if not rows:
-        return scores
-    counts = torch.tensor([seqs[row].params.top_k for row in rows])
-    kept = scores[rows]
-    largest = kept.topk(int(counts.max()), dim=-1).values
-    threshold = largest.gather(1, (counts - 1).unsqueeze(1))
-    return scores.index_copy(0, torch.tensor(rows), kept.masked_fill(kept < threshold, -torch.inf))
-
-
-def _keep_top_p(seqs: SequenceABC[Sequence], probs: Tensor) -> Tensor:
-    """Drop tokens after the fewest that reach ``top_p``; ties with the last of those stay."""
-    rows = [row for row, seq in enumerate(seqs) if seq.params.top_p < 1.0]
-    if not rows:
-        return probs
-    top_p = torch.tensor([seqs[row].params.top_p for row in rows], dtype=torch.float64)
-    kept = probs[rows]
-    # numpy sorts a row of floats some thirty times faster than torch does on CPU.
-    falling = torch.from_numpy(np.sort(kept.numpy(), axis=-1)[:, ::-1].copy())
-    reached = falling.double().cumsum(dim=-1) < top_p.unsqueeze(1)
-    last = reached.sum(dim=-1).clamp(max=probs.shape[1] - 1)
-    threshold = falling.gather(1, last.unsqueeze(1))
-    return probs.index_copy(0, torch.tensor(rows), kept.masked_fill(kept < threshold, 0.0))
-
-
-def _fill_logprobs(
-    seqs: SequenceABC[Sequence],
-    rows: list[int],
-    logits: Tensor,
-    chosen: list[int],
-    logprobs: list[dict[int, Logprob] | None],
-) -> None:
-    """Log-softmax of the raw logits: the chosen token of each row, then its most likely ones."""
-    all_logprobs = logits[rows].log_softmax(dim=-1)
-    chosen_logprobs = all_logprobs.gather(
-        1, torch.tensor([chosen[row] for row in rows]).unsqueeze(1)
-    )
-    ranks = (all_logprobs > chosen_logprobs).sum(dim=-1).add_(1).tolist()
-    most = max(seqs[row].params.logprobs or 0 for row in rows)
-    top = all_logprobs.topk(min(most, logits.shape[1]), dim=-1)
-    top_values, top_ids = top.values.tolist(), top.indices.tolist()
-    for idx, row in enumerate(rows):
-        entries = {chosen[row]: Logprob(float(chosen_logprobs[idx, 0]), ranks[idx])}
-        for place in range(min(seqs[row].params.logprobs or 0, logits.shape[1])):
-            entries.setdefault(top_ids[idx][place], Logprob(top_values[idx][place], place + 1))
-        logprobs[row] = entries

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .outputs import Logprob, RequestMetrics
 
 if TYPE_CHECKING:
+    from .logits_filters import SequenceFilters
     from .sampling_params import SamplingParams
     from .tokenizer import Detokenizer
 
@@ -31,6 +32,8 @@ class Sequence:
         token_ids: prompt and generated tokens.
         num_computed_tokens: leading tokens whose K and V stand in the cache.
         seed: 64-bit key of its random numbers.
+        choice_idx: which of its request's candidates it is, from 0: seed and this make the numbers.
+        filters: what changes its logits before a token is chosen; None if nothing does.
         prompt_token_ids: the prompt's tokens, for outputs to share.
         num_unstoppable_chars: leading text from before ``min_tokens``, where no stop string counts.
         num_searched_chars: leading text that was searched for stop strings.
@@ -38,9 +41,11 @@ class Sequence:
     """
 
     __slots__ = (
+        "choice_idx",
         "cumulative_logprob",
         "detokenizer",
         "error",
+        "filters",
         "finish_reason",
         "logprobs",
         "max_tokens",
@@ -83,6 +88,8 @@ class Sequence:
         self.params = params
         self.max_tokens = max_tokens
         self.seed = seed
+        self.choice_idx = 0
+        self.filters: SequenceFilters | None = None
         self.stop_token_ids = stop_token_ids
         self.prompt_token_ids = list(prompt_token_ids)
         self.token_ids = list(prompt_token_ids)

@@ -12,7 +12,8 @@ from .sequence import Sequence
 def check_stop(seq: Sequence) -> None:
     """Finish ``seq`` if its last token ends it; its text is then complete and cut.
 
-    A stop token wins over a stop string, and either over the length limit.
+    A stop token wins over a stop string, that over the end of a grammar, and that over the length
+    limit. A whole text that its grammar lets nothing follow ends before ``min_tokens`` too.
     """
     params = seq.params
     token_id = seq.token_ids[-1]
@@ -23,7 +24,8 @@ def check_stop(seq: Sequence) -> None:
         complete_text(seq, num_left_out=0 if params.include_stop_str_in_output else 1)
         seq.finish("stop", token_id if token_id in (params.stop_token_ids or ()) else None)
         return
-    is_last = num_output_tokens >= seq.max_tokens
+    is_whole = seq.filters is not None and seq.filters.is_complete(seq)
+    is_last = is_whole or num_output_tokens >= seq.max_tokens
     if is_last:
         complete_text(seq)
     elif (
@@ -38,7 +40,7 @@ def check_stop(seq: Sequence) -> None:
         elif _cut_at_stop_string(seq):
             return
     if is_last:
-        seq.finish("length")
+        seq.finish("stop" if is_whole else "length")
 
 
 def complete_text(seq: Sequence, num_left_out: int = 0) -> None:
