@@ -15,7 +15,7 @@ if "torch" not in sys.modules:
     # slows a step down more than tenfold on a small machine that does anything else besides.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from ..backend import KVCacheStats
+from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
 from .config import EngineConfig
@@ -24,6 +24,7 @@ from .llm import LLM
 from .llm_engine import LLMEngine
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from .scheduler import SchedulerStats
 
 __all__ = [
     "LLM",
@@ -35,10 +36,12 @@ __all__ = [
     "LLMEngine",
     "LayerKVSpec",
     "Logprob",
+    "PrefixCacheStats",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SchedulerStats",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "VmallocError",

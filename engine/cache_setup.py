@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MEMORY_SHARE = 0.25
 """Share of the available memory that the KV cache may take when no cap is given."""
 
+DEFAULT_SWAP_SHARE = 0.1
+"""Share of the available memory that swapped-out KV may take when no limit is given."""
+
 
 def resolve_max_model_len(model: torch.nn.Module, config: EngineConfig) -> int:
     """``max_model_len``, or the model's context. Raises ``ConfigError`` beyond that."""
@@ -48,9 +51,13 @@ def resolve_config(
     cap = config.kv_cache_memory_bytes
     if cap is None:
         cap = min(int(available_bytes() * DEFAULT_MEMORY_SHARE), most)
+    swap = config.swap_space_bytes
+    if swap is None:
+        swap = min(int(available_bytes() * DEFAULT_SWAP_SHARE), cap)
     return replace(
         config,
         kv_cache_memory_bytes=cap,
+        swap_space_bytes=swap,
         max_model_len=max_model_len,
         max_num_batched_tokens=config.step_tokens,
     )
@@ -60,6 +67,7 @@ def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBac
     """The KV cache of a resolved config. A cap below one full-length sequence only warns."""
     assert config.max_model_len is not None
     assert config.kv_cache_memory_bytes is not None
+    assert config.swap_space_bytes is not None
     backend = create_kv_backend(
         KVCacheConfig(
             layers=layers,
@@ -69,6 +77,10 @@ def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBac
             page_bytes=config.page_size,
             layers_per_group=config.layers_per_group,
             commit_ahead_tokens=config.commit_ahead_tokens,
+            block_size=config.block_size,
+            prefix_caching=config.enable_prefix_caching,
+            swap_bytes=config.swap_space_bytes,
+            commit_policy=config.commit_policy,
         ),
         kind=config.kv_backend,
     )

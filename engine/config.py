@@ -6,12 +6,15 @@ Owns: nothing.  Thread-safety: immutable.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from ..config import CommitPolicy
 from ..errors import ConfigError
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 KVBackendName = Literal["auto", "virtual", "paged"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+PreemptionMode = Literal["auto", "swap", "recompute"]
 
 MAX_INT = 2**63 - 1
 """Largest size the core counts with."""
@@ -33,6 +36,17 @@ class EngineConfig:
         max_model_len: most tokens of one sequence, prompt included. None: the model's context.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; longer prompts are computed in chunks.
+        scheduling_policy: ``"fcfs"`` goes by arrival; under ``"priority"`` requests with a lower
+            ``priority`` go first, and waiting makes up for it in time.
+        preemption_mode: what happens to a request that must give up its memory. ``"swap"`` copies
+            its KV to host memory, as far as that goes; ``"recompute"`` drops it; ``"auto"`` takes
+            what costs less time, as measured.
+        swap_space_bytes: host memory for swapped-out KV. 0: none. None: the smaller of the KV cap
+            and a tenth of the available memory; it is only taken when it is needed.
+        enable_prefix_caching: let requests share the KV of equal prompt beginnings, also with
+            requests that ended.
+        block_size: tokens of one block of the paged backend.
+        commit_policy: how much memory a request reserves when it starts, see ``CommitPolicy``.
         page_size: physical KV page in bytes. None: the driver's default.
         layers_per_group: layers that share one KV row. None: all of them.
         commit_ahead_tokens: rows kept backed past each sequence's end by a background thread.
@@ -48,6 +62,12 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    preemption_mode: PreemptionMode = "auto"
+    swap_space_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    block_size: int = 16
+    commit_policy: CommitPolicy = "on_demand"
     page_size: int | None = None
     layers_per_group: int | None = None
     commit_ahead_tokens: int = 4
@@ -57,17 +77,21 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _check_choice("kv_backend", self.kv_backend, ("auto", "virtual", "paged"))
+        _check_choice("kv_backend", self.kv_backend, get_args(KVBackendName))
+        _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
+        _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
+        _check_choice("commit_policy", self.commit_policy, get_args(CommitPolicy))
         for name in (
             "kv_cache_memory_bytes",
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "block_size",
             "page_size",
             "layers_per_group",
         ):
             _check_int(name, getattr(self, name), 1)
-        for name in ("commit_ahead_tokens", "seed", "max_logprobs"):
+        for name in ("swap_space_bytes", "commit_ahead_tokens", "seed", "max_logprobs"):
             _check_int(name, getattr(self, name), 0)
         if (
             self.max_num_batched_tokens is not None

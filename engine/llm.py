@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..backend import KVCacheStats
+from ..config import CommitPolicy
 from ..errors import ConfigError, VmallocError
-from .config import DtypeName, EngineConfig, KVBackendName
+from .config import DtypeName, EngineConfig, KVBackendName, PreemptionMode, SchedulingPolicy
 from .llm_engine import LLMEngine
 from .model_loader import check_module, load_model, resolve_model_name
-from .outputs import RequestOutput
+from .outputs import CompletionOutput, RequestOutput
 from .progress import GenerationProgress
 from .sampling_params import RequestOutputKind, SamplingParams
 from .tokenizer import load_tokenizer
@@ -53,6 +54,12 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None,
+        scheduling_policy: SchedulingPolicy = "fcfs",
+        preemption_mode: PreemptionMode = "auto",
+        swap_space_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
+        block_size: int = 16,
+        commit_policy: CommitPolicy = "on_demand",
         page_size: int | None = None,
         layers_per_group: int | None = None,
         commit_ahead_tokens: int = 4,
@@ -67,6 +74,12 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            scheduling_policy=scheduling_policy,
+            preemption_mode=preemption_mode,
+            swap_space_bytes=swap_space_bytes,
+            enable_prefix_caching=enable_prefix_caching,
+            block_size=block_size,
+            commit_policy=commit_policy,
             page_size=page_size,
             layers_per_group=layers_per_group,
             commit_ahead_tokens=commit_ahead_tokens,
@@ -112,6 +125,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         on_token: OnToken | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, batched continuously; one output per prompt, in their order.
 
@@ -121,8 +135,12 @@ class LLM:
             sampling_params: one for all prompts, or one for each.
             use_tqdm: show a progress bar on stderr.
             on_token: called after each step for each request that has new tokens, with only what
-                is new in ``outputs[0].text`` and ``.token_ids``; ``request_id`` is the index of
-                the prompt.
+                is new: ``outputs`` holds the completions that got something, with their
+                ``index``, and of those only the new text and tokens; ``request_id`` is the index
+                of the prompt. Requests whose best completions are chosen at the end (``best_of``,
+                beam search) come once.
+            priority: one number for each prompt; lower runs first under
+                ``scheduling_policy="priority"``.
 
         Raises ``ConfigError``, before anything runs, if any prompt or setting cannot work. A
         request that does not fit the KV cache ends alone with ``finish_reason="error"``.
@@ -131,6 +149,7 @@ class LLM:
             raise VmallocError("generate() was called within its own on_token callback")
         prompt_list = _as_prompts(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
+        priorities = _as_priorities(priority, len(prompt_list))
         prompt_list = [
             self.engine.check_request(prompt, params)
             for prompt, params in zip(prompt_list, params_list, strict=True)
@@ -143,8 +162,10 @@ class LLM:
         progress = GenerationProgress(len(prompt_list), is_shown=use_tqdm)
         self._is_generating = True
         try:
-            for name, prompt, params in zip(names, prompt_list, params_list, strict=True):
-                self.engine.add_request(name, prompt, replace(params, output_kind=kind))
+            for name, prompt, params, rank in zip(
+                names, prompt_list, params_list, priorities, strict=True
+            ):
+                self.engine.add_request(name, prompt, replace(params, output_kind=kind), rank)
             with progress:
                 while self.engine.has_unfinished_requests():
                     for output in self.engine.step():
@@ -184,25 +205,30 @@ class _Collector:
         """Take a piece; its ``request_id`` becomes the index of the prompt."""
         idx = self._idx[output.request_id]
         output.request_id = str(idx)
-        new = output.outputs[0]
-        whole = self._whole.get(idx)
-        if whole is None:
-            logprobs = None if new.logprobs is None else list(new.logprobs)
-            first = replace(new, token_ids=list(new.token_ids), logprobs=logprobs)
-            self._whole[idx] = replace(output, outputs=[first])
-            return
-        completion = whole.outputs[0]
-        completion.text += new.text
-        completion.token_ids.extend(new.token_ids)
-        if completion.logprobs is not None:
-            completion.logprobs.extend(new.logprobs or [])
-        completion.cumulative_logprob = new.cumulative_logprob
-        completion.finish_reason, completion.stop_reason = new.finish_reason, new.stop_reason
-        whole.is_finished, whole.error = output.is_finished, output.error
-        whole.metrics = output.metrics
+        before = self._whole.get(idx)
+        completions = {} if before is None else {one.index: one for one in before.outputs}
+        for new in output.outputs:
+            whole = completions.get(new.index)
+            if whole is None:
+                logprobs = None if new.logprobs is None else list(new.logprobs)
+                first = replace(new, token_ids=list(new.token_ids), logprobs=logprobs)
+                completions[new.index] = first
+            else:
+                _extend(whole, new)
+        in_order = sorted(completions.values(), key=lambda completion: completion.index)
+        self._whole[idx] = replace(output, outputs=in_order)
 
     def outputs(self) -> list[RequestOutput]:
         return [self._whole[idx] for idx in range(len(self._idx))]
+
+
+def _extend(whole: CompletionOutput, new: CompletionOutput) -> None:
+    whole.text += new.text
+    whole.token_ids.extend(new.token_ids)
+    if whole.logprobs is not None:
+        whole.logprobs.extend(new.logprobs or [])
+    whole.cumulative_logprob = new.cumulative_logprob
+    whole.finish_reason, whole.stop_reason = new.finish_reason, new.stop_reason
 
 
 def _as_prompts(prompts: Any) -> list[Any]:
@@ -229,3 +255,13 @@ def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
     if len(params) != num_prompts:
         raise ConfigError(f"sampling_params has {len(params)} entries for {num_prompts} prompts")
     return list(params)
+
+
+def _as_priorities(priority: Any, num_prompts: int) -> list[int]:
+    if priority is None:
+        return [0] * num_prompts
+    if not isinstance(priority, list | tuple):
+        raise ConfigError(f"priority is {priority!r}; it must be a list, one number a prompt")
+    if len(priority) != num_prompts:
+        raise ConfigError(f"priority has {len(priority)} entries for {num_prompts} prompts")
+    return list(priority)

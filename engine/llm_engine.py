@@ -6,40 +6,31 @@ Thread-safety: none; one thread calls everything.
 
 from __future__ import annotations
 
-import gc
-import random
 import time
-import weakref
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceABC
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from .. import create_kv_backend
-from ..backend import KVBackend, KVCacheStats
-from ..errors import ClosedError, ConfigError
+from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
+from ..errors import ClosedError, ConfigError, VmallocError
+from ..kernels.cpu import kernel_name
 from .cache_setup import create_cache, resolve_config, resolve_max_model_len
 from .config import EngineConfig
+from .generation import Generation, scored_prompts
 from .invariance import check_batch_invariance
+from .model_lease import ModelLease
 from .model_loader import end_token_ids, vocab_size
 from .model_runner import ModelRunner
-from .outputs import CompletionOutput, RequestMetrics, RequestOutput
-from .probe import own_attention, probe_model, restore_attention
-from .prompt import read_prompt
-from .rope import RopePin, pin_rope
-from .sampler import SampledTokens, sample
-from .sampling_params import MAX_SEED, RequestOutputKind, SamplingParams
-from .scheduler import ScheduledBatch, Scheduler
-from .sequence import Sequence
-from .stop import check_stop, complete_text, visible_chars
-from .tokenizer import Detokenizer
-
-_users: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[LLMEngine]] = (
-    weakref.WeakKeyDictionary()
-)
-"""The engine that last had a model."""
+from .outputs import RequestOutput
+from .probe import probe_model
+from .reporting import report
+from .request_reader import Prompt, RequestReader
+from .sampling_params import SamplingParams
+from .scheduler import ScheduledBatch, Scheduler, SchedulerStats
+from .sequence_group import SequenceGroup
 
 
 class LLMEngine:
@@ -59,20 +50,8 @@ class LLMEngine:
         self, model: torch.nn.Module, tokenizer: Any = None, config: EngineConfig | None = None
     ) -> None:
         config = config or EngineConfig()
-        _check_unused(model)
-        self._model = model
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size(model)
-        self._end_token_ids = end_token_ids(model, tokenizer)
-        self._seeds = random.Random(config.seed)
-        self._requests: dict[str, Sequence] = {}
-        self._next_seq_id = 0
-        # Ended sequences that no step reported yet.
-        self._ended: list[Sequence] = []
-        self._decoded_tokens: dict[int, str] = {}
         max_model_len = resolve_max_model_len(model, config)
-        attention = own_attention(model)
-        rope_pin = pin_rope(model, max_model_len)
+        self._lease = ModelLease(model, max_model_len, owner=self)
         try:
             probed = probe_model(model, create_kv_backend)
             if config.batch_invariant:
@@ -80,19 +59,32 @@ class LLMEngine:
             self.config = resolve_config(config, probed.layers, max_model_len)
             self._backend = create_cache(self.config, probed.layers)
         except BaseException:
-            _give_back(model, attention, rope_pin)
+            self._lease.give_back()
             raise
-        # Also for an engine that is dropped without close().
-        self._give_model_back = weakref.finalize(self, _give_back, model, attention, rope_pin)
-        self._give_model_back.atexit = False
+        self._model = model
+        self._tokenizer = tokenizer
+        self._requests: dict[str, SequenceGroup] = {}
+        # Ended groups that no step reported yet.
+        self._ended: list[SequenceGroup] = []
+        # Groups that were aborted while the cache slept.
+        self._aborted_asleep: list[SequenceGroup] = []
+        self._is_asleep = False
+        self._is_closed = False
+        self._reader = RequestReader(
+            tokenizer,
+            vocab_size=vocab_size(model),
+            end_token_ids=end_token_ids(model, tokenizer),
+            config=self.config,
+        )
         self._runner = ModelRunner(model, self._backend, batch_invariant=config.batch_invariant)
         self._scheduler = Scheduler(
             self._backend,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.step_tokens,
+            policy=self.config.scheduling_policy,
+            preemption_mode=self.config.preemption_mode,
         )
-        self._is_closed = False
-        _users[model] = weakref.ref(self)
+        self._generation = Generation(self._scheduler, tokenizer, self._reader.new_seq_id)
 
     @property
     def backend(self) -> KVBackend:
@@ -109,34 +101,51 @@ class LLMEngine:
         """The tokenizer, or None."""
         return self._tokenizer
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether ``sleep`` was called, and ``wake`` not yet."""
+        return self._is_asleep
+
+    @property
+    def kernel_name(self) -> str:
+        """The attention kernel that works on the KV cache, e.g. ``"cpu_contiguous_avx2"``."""
+        return kernel_name(self._backend.batch_view((), ()))
+
+    def stats(self) -> SchedulerStats:
+        """Queues and counters of preemption."""
+        return self._scheduler.stats()
+
     def kv_stats(self) -> KVCacheStats:
         """What the KV memory is doing."""
         return self._backend.stats()
+
+    def prefix_stats(self) -> PrefixCacheStats:
+        """What the prefix cache did so far."""
+        return self._backend.prefix_stats()
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` has work."""
         return self._scheduler.has_unfinished or bool(self._ended)
 
-    def check_request(
-        self,
-        prompt: str | dict[str, Any] | SequenceABC[int],
-        params: SamplingParams | None = None,
-    ) -> dict[str, Any]:
+    def check_request(self, prompt: Prompt, params: SamplingParams | None = None) -> dict[str, Any]:
         """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing.
 
         Returns the prompt as ``add_request`` takes it without tokenising it again.
         """
         self._check_open()
-        text, token_ids, _ = self._read_request(prompt, params)
-        return {"prompt": text, "prompt_token_ids": token_ids}
+        request = self._reader.read(prompt, params)
+        return {"prompt": request.text, "prompt_token_ids": request.token_ids}
 
     def add_request(
         self,
         request_id: str,
-        prompt: str | dict[str, Any] | SequenceABC[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a request: text, ``{"prompt_token_ids": [...]}`` or a list of token ids.
+
+        ``priority``: lower runs first under ``scheduling_policy="priority"``.
 
         Raises ``ConfigError``, and takes nothing, for a prompt that is empty, longer than the
         context or outside the vocabulary, and for settings that cannot be honoured.
@@ -144,43 +153,28 @@ class LLMEngine:
         self._check_open()
         if request_id in self._requests:
             raise ConfigError(f"request_id is {request_id!r}; a live request has that name")
-        text, token_ids, params = self._read_request(prompt, params)
-        room = self._max_model_len() - len(token_ids)
-        detokenizer = None
-        if self._tokenizer is not None and params.detokenize:
-            detokenizer = Detokenizer(
-                self._tokenizer, token_ids, skip_special_tokens=params.skip_special_tokens
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ConfigError(f"priority is {priority!r}; it must be an integer")
+        if priority != 0 and self.config.scheduling_policy != "priority":
+            raise ConfigError(
+                f"priority is {priority}; other than 0 it needs scheduling_policy='priority'"
             )
-        stop_token_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_token_ids |= self._end_token_ids
-        # Drawn for every request, so that a later one does not depend on who brought a seed.
-        drawn_seed = self._seeds.randint(0, MAX_SEED)
-        seq = Sequence(
-            self._next_seq_id,
-            request_id,
-            token_ids,
-            params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            seed=drawn_seed if params.seed is None else params.seed,
-            stop_token_ids=stop_token_ids,
-            prompt=text,
-            arrival_time=time.monotonic(),
-            detokenizer=detokenizer,
-        )
-        self._next_seq_id += 1
-        self._requests[request_id] = seq
-        self._scheduler.add(seq)
+        group = self._reader.make_group(request_id, self._reader.read(prompt, params), priority)
+        self._requests[request_id] = group
+        self._scheduler.add(group, may_prefetch=not self._is_asleep)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests and free their KV; unknown and finished ones are ignored."""
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        aborted = [seq for name in names if (seq := self._requests.pop(name, None)) is not None]
-        for seq in aborted:
-            seq.finish("abort")
-        self._scheduler.release(aborted)
+        aborted = [group for name in names if (group := self._requests.pop(name, None)) is not None]
+        for group in aborted:
+            group.finish("abort")
+        if self._is_asleep:
+            self._aborted_asleep.extend(aborted)
+        else:
+            self._scheduler.release(aborted)
         if self._ended:
-            self._ended = [seq for seq in self._ended if seq not in aborted]
+            self._ended = [group for group in self._ended if group not in aborted]
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; outputs of the requests that have something to report.
@@ -189,35 +183,73 @@ class LLMEngine:
         After an exception every request is still there: another step computes again what this one
         did not append, and reports what ended in it.
         """
-        self._check_open()
+        self._check_awake()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
-        kv_step = self._backend.begin_step()
-        try:
-            if batch.seqs:
-                view = self._backend.batch_view(
-                    [seq.seq_id for seq in batch.seqs], batch.num_new_tokens
-                )
-                logits = self._runner.forward(batch.seqs, batch.num_new_tokens, view)
-        finally:
-            self._backend.end_step(kv_step)
+        logits = self._compute(batch)
         now = time.monotonic()
         to_report = list(self._ended)
-        for seq in to_report:
-            if seq.finish_reason == "error":
-                complete_text(seq)
-        if batch.seqs:
-            to_report.extend(self._advance(batch, logits, now))
+        if logits is not None:
+            to_report.extend(self._generation.advance(batch, logits, now, self._ended))
         outputs = []
-        for seq in to_report:
-            if seq.is_finished:
-                seq.metrics.finished_time = now
-                self._requests.pop(seq.request_id, None)
-            output = self._report(seq)
+        for group in to_report:
+            if group.is_finished:
+                group.metrics.finished_time = now
+                self._requests.pop(group.request_id, None)
+            output = report(group)
             if output is not None:
                 outputs.append(output)
         self._ended.clear()
         return outputs
+
+    def sleep(self) -> None:
+        """Give the KV memory back to the system until ``wake``; requests stay.
+
+        Their KV goes to the swap space; where that is too small, it is dropped, and computed again
+        afterwards. Cached prefixes are lost. Requests may be added and aborted meanwhile.
+        """
+        self._check_awake()
+        if not self._backend.try_sleep():
+            self._scheduler.preempt_all()
+            if not self._backend.try_sleep():
+                raise VmallocError("the KV cache cannot sleep although no sequence is live")
+        self._is_asleep = True
+
+    def wake(self) -> bool:
+        """Go on after ``sleep``; False, and still asleep, if there is no memory for it now."""
+        self._check_open()
+        if self._is_asleep and self._backend.try_wake():
+            self._is_asleep = False
+            self._scheduler.release(self._aborted_asleep)
+            self._aborted_asleep.clear()
+        return not self._is_asleep
+
+    def resize_kv_cache(self, num_bytes: int) -> None:
+        """Move the cap on physical KV memory, also while requests run.
+
+        Below what is in use it takes effect as pages are freed; running requests may be preempted
+        for it.
+        """
+        self._check_awake()
+        self._backend.resize(num_bytes)
+
+    def flush_prefix_cache(self) -> int:
+        """Forget cached prefixes that are neither pinned nor in use; the pages set free."""
+        self._check_awake()
+        return self._backend.flush_prefixes()
+
+    def pin_prefix(self, prompt: Prompt, cache_salt: str = "") -> int:
+        """Keep what is cached of a prompt's KV until ``unpin_prefix``; the tokens pinned.
+
+        Only what was computed before can be pinned: run the prompt once.
+        """
+        self._check_awake()
+        return self._backend.pin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
+
+    def unpin_prefix(self, prompt: Prompt, cache_salt: str = "") -> int:
+        """Undo one ``pin_prefix`` of the same prompt; the tokens unpinned."""
+        self._check_awake()
+        return self._backend.unpin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
 
     def close(self) -> None:
         """Drop every request, give the KV memory back and the model its attention. Idempotent."""
@@ -229,7 +261,7 @@ class LLMEngine:
         try:
             self._backend.close()
         finally:
-            self._give_model_back()
+            self._lease.give_back()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -246,168 +278,24 @@ class LLMEngine:
         if self._is_closed:
             raise ClosedError("the engine was closed")
 
-    def _max_model_len(self) -> int:
-        assert self.config.max_model_len is not None
-        return self.config.max_model_len
+    def _check_awake(self) -> None:
+        self._check_open()
+        if self._is_asleep:
+            raise VmallocError("the engine sleeps; wake() it first")
 
-    def _read_request(
-        self, prompt: Any, params: SamplingParams | None
-    ) -> tuple[str | None, list[int], SamplingParams]:
-        """Text if there is one, token ids and settings of a request, all checked."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ConfigError(f"params is a {type(params).__name__}; it must be SamplingParams")
-        text, token_ids = read_prompt(
-            prompt,
-            self._tokenizer,
-            vocab_size=self._vocab_size,
-            max_model_len=self._max_model_len(),
-        )
-        self._check_params(params)
-        return text, token_ids, params
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
-            raise ConfigError(
-                f"logprobs is {params.logprobs}; it must not exceed max_logprobs, "
-                f"{self.config.max_logprobs}"
-            )
-        if params.stop_strings and self._tokenizer is None:
-            raise ConfigError(f"stop is {params.stop!r}; stop strings need a tokenizer")
-        for token_id in params.stop_token_ids or ():
-            if token_id >= self._vocab_size:
-                raise ConfigError(
-                    f"stop_token_ids holds {token_id}; it must be below {self._vocab_size}"
-                )
-
-    def _advance(self, batch: ScheduledBatch, logits: torch.Tensor, now: float) -> list[Sequence]:
-        """Give each sequence whose end was computed its next token; those sequences.
-
-        After an exception, sequences without a new token are as if their last one was never run.
-        """
-        sampled_seqs = [
-            seq
-            for seq, num_new_tokens in zip(batch.seqs, batch.num_new_tokens, strict=True)
-            if seq.num_uncomputed_tokens == num_new_tokens
-        ]
-        sampled = sample(sampled_seqs, logits) if sampled_seqs else None
+    def _compute(self, batch: ScheduledBatch) -> torch.Tensor | None:
+        """Run the model over a batch; its logits, None where the batch is empty."""
+        kv_step = self._backend.begin_step()
         try:
-            self._scheduler.complete(batch)
-            for seq in batch.seqs:
-                if seq.metrics.first_scheduled_time is None:
-                    seq.metrics.first_scheduled_time = now
-            if sampled is not None:
-                self._append(sampled_seqs, sampled, now)
+            if not batch.seqs:
+                return None
+            counts = batch.num_new_tokens
+            view = self._backend.batch_view([seq.seq_id for seq in batch.seqs], counts)
+            started = time.perf_counter()
+            logits = self._runner.forward(batch.seqs, counts, view, scored_prompts(batch))
+            if max(counts) > 1:
+                seconds = time.perf_counter() - started
+                self._scheduler.cost.observe_prefill(sum(counts), seconds)
+            return logits
         finally:
-            ended = []
-            for seq in sampled_seqs:
-                if seq.is_finished:
-                    ended.append(seq)
-                elif seq.num_uncomputed_tokens == 0:
-                    seq.num_computed_tokens -= 1
-            if ended:
-                self._ended.extend(ended)
-                self._scheduler.release(ended)
-        return sampled_seqs
-
-    def _append(self, seqs: list[Sequence], sampled: SampledTokens, now: float) -> None:
-        for seq, token_id, logprobs in zip(seqs, sampled.token_ids, sampled.logprobs, strict=True):
-            if token_id is None:
-                complete_text(seq)
-                seq.error = f"request {seq.request_id}: the model's logits are not finite"
-                seq.finish("error")
-                continue
-            if seq.metrics.first_token_time is None:
-                seq.metrics.first_token_time = now
-            num_tokens, cumulative_logprob = seq.num_tokens, seq.cumulative_logprob
-            try:
-                seq.token_ids.append(token_id)
-                if logprobs is not None:
-                    self._append_logprobs(seq, token_id, logprobs)
-                check_stop(seq)
-            except BaseException:
-                if not seq.is_finished:
-                    del seq.token_ids[num_tokens:]
-                    del seq.logprobs[num_tokens - seq.num_prompt_tokens :]
-                    seq.cumulative_logprob = cumulative_logprob
-                raise
-
-    def _decode_token(self, token_id: int) -> str:
-        text = self._decoded_tokens.get(token_id)
-        if text is None:
-            text = self._decoded_tokens[token_id] = self._tokenizer.decode([token_id])
-        return text
-
-    def _append_logprobs(self, seq: Sequence, token_id: int, logprobs: dict[int, Any]) -> None:
-        if self._tokenizer is not None:
-            for candidate_id, entry in logprobs.items():
-                entry.decoded_token = self._decode_token(candidate_id)
-        seq.logprobs.append(logprobs)
-        seq.cumulative_logprob += logprobs[token_id].logprob
-
-    @staticmethod
-    def _report(seq: Sequence) -> RequestOutput | None:
-        """What ``params.output_kind`` wants to hear of a sequence now, or None."""
-        kind = seq.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not seq.is_finished:
-            return None
-        num_tokens, num_chars = 0, 0
-        text = "" if seq.detokenizer is None else seq.detokenizer.text
-        if not seq.is_finished:
-            text = text[: visible_chars(seq, text)]
-        if kind is RequestOutputKind.DELTA:
-            num_tokens, num_chars = seq.num_reported_tokens, seq.num_reported_chars
-            seq.num_reported_tokens, seq.num_reported_chars = seq.num_output_tokens, len(text)
-        has_logprobs = seq.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=text[num_chars:],
-            token_ids=seq.token_ids[seq.num_prompt_tokens + num_tokens :],
-            cumulative_logprob=seq.cumulative_logprob if has_logprobs else None,
-            logprobs=seq.logprobs[num_tokens:] if has_logprobs else None,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-        )
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=seq.prompt,
-            prompt_token_ids=seq.prompt_token_ids,
-            outputs=[completion],
-            is_finished=seq.is_finished,
-            error=seq.error,
-            metrics=_copy_metrics(seq.metrics),
-        )
-
-
-def _check_unused(model: torch.nn.Module) -> None:
-    """Raise ``ConfigError`` if an engine has ``model`` and was not closed."""
-    user = _users.get(model)
-    if user is None or not _is_open(user):
-        return
-    gc.collect()  # it may only wait, unreachable, to be collected
-    if _is_open(user):
-        raise ConfigError(
-            f"model is a {type(model).__name__} that another engine uses; close that one first"
-        )
-
-
-def _is_open(user: weakref.ref[LLMEngine]) -> bool:
-    engine = user()
-    return engine is not None and not engine._is_closed
-
-
-def _give_back(model: torch.nn.Module, attention: str | None, rope_pin: RopePin) -> None:
-    """Leave a model as it was before an engine had it."""
-    rope_pin.restore()
-    restore_attention(model, attention)
-
-
-def _copy_metrics(metrics: RequestMetrics) -> RequestMetrics:
-    # Once per streamed token: five times as fast as dataclasses.replace.
-    return RequestMetrics(
-        metrics.arrival_time,
-        metrics.first_scheduled_time,
-        metrics.first_token_time,
-        metrics.finished_time,
-        metrics.num_preemptions,
-    )
+            self._backend.end_step(kv_step)

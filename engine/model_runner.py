@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence as SequenceABC
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -51,34 +52,39 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(
-        self, seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int], view: KVBatchView
+        self,
+        seqs: SequenceABC[Sequence],
+        num_new_tokens: SequenceABC[int],
+        view: KVBatchView,
+        all_rows: Set[int] = frozenset(),
     ) -> Tensor:
         """Compute the next ``num_new_tokens[i]`` tokens of each sequence; rows are backed.
 
-        Returns float32 logits ``[num_ends, vocab_size]`` for the sequences that reach their last
-        known token in this step, in order. Raises ``VmallocError`` if the model attended elsewhere
-        than in the cache.
+        Returns float32 logits ``[num_rows, vocab_size]``, sequence by sequence: every new row of
+        those whose place is in ``all_rows``, and the last row of the others that reach their last
+        known token in this step. Raises ``VmallocError`` if the model attended elsewhere than in
+        the cache.
         """
-        token_ids, positions, last_rows = _pack(seqs, num_new_tokens)
-        num_tokens, num_ends = len(token_ids), len(last_rows)
-        if num_ends == 0:
-            last_rows.append(0)  # some row: without any, models compute the logits of all rows
+        token_ids, positions, kept_rows = _pack(seqs, num_new_tokens, all_rows)
+        num_tokens, num_kept = len(token_ids), len(kept_rows)
+        if num_kept == 0:
+            kept_rows.append(0)  # some row: without any, models compute the logits of all rows
         if self._batch_invariant:
             padding = _invariant_rows(num_tokens) - num_tokens
             token_ids.extend([0] * padding)
             positions.extend([0] * padding)
-            last_rows.extend([0] * (_invariant_rows(num_ends) - len(last_rows)))
+            kept_rows.extend([0] * (_invariant_rows(num_kept) - len(kept_rows)))
         attention = PackedAttention(self._layer_caches, view)
         with attention_through(attention):
             logits = self._logits(
-                _int64(token_ids).unsqueeze(0), _int64(positions).unsqueeze(0), _int64(last_rows)
+                _int64(token_ids).unsqueeze(0), _int64(positions).unsqueeze(0), _int64(kept_rows)
             )
         if attention.num_calls != len(self._layer_caches):
             raise VmallocError(
                 f"{attention.num_calls} of {len(self._layer_caches)} layers attended to the KV "
                 "cache; was the model's attention switched while an engine uses it?"
             )
-        return logits[:num_ends].float()
+        return logits[:num_kept].float()
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         """Logits ``[len(rows), vocab_size]`` of the given rows of one packed forward pass."""
@@ -96,13 +102,13 @@ class ModelRunner:
 
 
 def _pack(
-    seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int]
+    seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int], all_rows: Set[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Token ids and positions of all rows, and the rows where a sequence reaches its end."""
+    """Token ids and positions of all rows, and the rows whose logits are wanted."""
     token_ids: list[int] = []
     positions: list[int] = []
-    last_rows: list[int] = []
-    for seq, num_new in zip(seqs, num_new_tokens, strict=True):
+    kept_rows: list[int] = []
+    for idx, (seq, num_new) in enumerate(zip(seqs, num_new_tokens, strict=True)):
         start = seq.num_computed_tokens
         end = start + num_new
         if num_new == 1:
@@ -111,9 +117,11 @@ def _pack(
         else:
             token_ids.extend(seq.token_ids[start:end])
             positions.extend(range(start, end))
-        if end == len(seq.token_ids):
-            last_rows.append(len(token_ids) - 1)
-    return token_ids, positions, last_rows
+        if all_rows and idx in all_rows:
+            kept_rows.extend(range(len(token_ids) - num_new, len(token_ids)))
+        elif end == len(seq.token_ids):
+            kept_rows.append(len(token_ids) - 1)
+    return token_ids, positions, kept_rows
 
 
 def _int64(values: list[int]) -> Tensor:

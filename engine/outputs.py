@@ -60,7 +60,7 @@ class RequestMetrics:
         first_scheduled_time: its first tokens entered a step.
         first_token_time: its first token was sampled.
         finished_time: it ended.
-        num_preemptions: times its KV was dropped and computed again.
+        num_preemptions: times it gave up its memory, to swap space or to be computed again.
     """
 
     arrival_time: float
@@ -78,10 +78,15 @@ class RequestOutput:
         request_id: the caller's name for it.
         prompt: its text; None if it came as token ids.
         prompt_token_ids: its tokens.
-        outputs: one completion per choice.
+        outputs: one completion per choice; with ``best_of`` and beam search the best come first.
+            Under ``RequestOutputKind.DELTA`` only those that have something new.
         is_finished: whether nothing more will come.
         error: what went wrong, when ``finish_reason`` is ``"error"``.
         metrics: its timestamps.
+        num_cached_tokens: prompt tokens that were not computed, as their KV was cached; None
+            before it started.
+        prompt_logprobs: per prompt token, candidates by token id, None for the first token; None
+            if not asked for.
     """
 
     request_id: str
@@ -91,6 +96,8 @@ class RequestOutput:
     is_finished: bool
     error: str | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:

@@ -47,7 +47,7 @@ class GenerationProgress:
         """Count an output of a step."""
         if self._progress is None:
             return
-        self._num_tokens += len(output.outputs[0].token_ids)
+        self._num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
         if output.is_finished:
             self._progress.advance(self._task)
         now = time.monotonic()

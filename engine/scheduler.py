@@ -1,29 +1,38 @@
-"""Who runs next: first come first served, under a token budget and the KV cache's word.
+"""Who runs next, under a token budget and the KV cache's word.
 
-Owns: the waiting and running queues. Of memory it knows only what the backend answers.
+Owns: the queues of sequence groups. Of memory it knows only what the backend answers.
 Thread-safety: none; one engine thread.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import deque
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..backend import SequenceGroupSpec
-from .sequence import Sequence, SequenceStatus
+from .admission import Admission, WaitingGroups
+from .group_memory import GroupMemory
+from .preemption import Preemptor, choose_victim
+from .preemption_cost import PreemptionCost
+from .sequence import Sequence
+from .sequence_group import GroupStatus, SequenceGroup
 
 if TYPE_CHECKING:
     from ..backend import KVBackend
-
-logger = logging.getLogger(__name__)
+    from .config import PreemptionMode, SchedulingPolicy
 
 MAX_STALLS = 8
 """Empty steps in a row after which waiting for pages is given up."""
 
-READMIT_HEADROOM_TOKENS = 8
-"""Room per running sequence that must be free before a preempted one comes back."""
+
+@dataclass(slots=True)
+class ScheduledGroup:
+    """A group's part in a step: some of its sequences, and the tokens each of them computes."""
+
+    group: SequenceGroup
+    seqs: list[Sequence]
+    num_new_tokens: list[int]
 
 
 @dataclass(slots=True)
@@ -31,121 +40,256 @@ class ScheduledBatch:
     """What one step computes.
 
     Attributes:
-        seqs: sequences in the packed batch, in order.
+        groups: groups that have a part in it, in order.
+        seqs: sequences in the packed batch, in order; those of a group stand together.
         num_new_tokens: tokens each of them computes; their rows are backed.
-        failed: sequences that ended here, or in a call that raised, as their KV can never fit.
+        failed: groups that ended here, or in a call that raised, as their KV can never fit.
     """
 
+    groups: list[ScheduledGroup]
     seqs: list[Sequence]
     num_new_tokens: list[int]
-    failed: list[Sequence]
+    failed: list[SequenceGroup]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Queues and counters. Groups are requests; a group of ``n=4`` has four sequences.
+
+    Attributes:
+        num_waiting, num_running, num_swapped: groups in each queue.
+        num_running_seqs: unfinished sequences of the running groups.
+        preempt_swap, preempt_recompute: groups preempted so far, by kind.
+        preempted_tokens: computed tokens that were dropped, to be computed again.
+        swapped_bytes: bytes copied to host memory so far.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_swapped: int
+    num_running_seqs: int
+    preempt_swap: int
+    preempt_recompute: int
+    preempted_tokens: int
+    swapped_bytes: int
 
 
 class Scheduler:
-    """Waiting and running queues over one ``KVBackend``.
+    """Waiting, running and swapped groups over one ``KVBackend``.
 
-    Every call to ``schedule`` makes progress, fails a sequence, or waits for pages that the end of
-    a step sets free; it waits at most ``MAX_STALLS`` times in a row.
+    A group is scheduled, preempted and resumed as one. Every call to ``schedule`` makes progress,
+    fails a group, drops a swapped one's copy, or waits for pages that the end of a step sets free;
+    it waits at most ``MAX_STALLS`` times in a row.
+
+    Args:
+        max_num_seqs: most sequences that have KV at once; a group needs its width.
+        max_num_batched_tokens: most tokens of one step; at least ``max_num_seqs``.
+        policy, preemption_mode: see ``EngineConfig``.
+        cost: what ``preemption_mode="auto"`` goes by.
+        clock: seconds, for measuring copies.
     """
 
     def __init__(
-        self, backend: KVBackend, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        backend: KVBackend,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: SchedulingPolicy = "fcfs",
+        preemption_mode: PreemptionMode = "auto",
+        cost: PreemptionCost | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._backend = backend
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.num_preemptions = 0
-        self.num_preempted_tokens = 0
+        self.cost = PreemptionCost() if cost is None else cost
+        self._memory = GroupMemory(backend)
+        self._admission = Admission(backend, self._memory)
+        self._preemptor = Preemptor(
+            backend, self._memory, mode=preemption_mode, cost=self.cost, clock=clock
+        )
+        self._queue = WaitingGroups(policy)
+        self.running: list[SequenceGroup] = []
+        self._num_steps = 0
         self._num_stalls = 0
-        self._failed: list[Sequence] = []
-        # Tokens of this step, by sequence; dropped again if the sequence is preempted.
+        self._failed: list[SequenceGroup] = []
+        # Tokens of this step, by sequence; dropped again if its group is preempted.
         self._scheduled: dict[int, int] = {}
         self._budget = 0  # what is left of max_num_batched_tokens
 
     @property
-    def has_unfinished(self) -> bool:
-        """Whether any sequence waits or runs, or failed and was not handed over yet."""
-        return bool(self.waiting or self.running or self._failed)
+    def waiting(self) -> list[SequenceGroup]:
+        """Groups without KV, best rank first."""
+        return self._queue.waiting
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a new sequence behind the others."""
-        if len(self.waiting) + len(self.running) < self._max_num_seqs:
-            self._prefetch(seq)
-        self.waiting.append(seq)
+    @property
+    def swapped(self) -> list[SequenceGroup]:
+        """Groups whose KV is in host memory, best rank first."""
+        return self._queue.swapped
+
+    @property
+    def num_preemptions(self) -> int:
+        """Groups preempted so far, by swap or by recompute."""
+        return self._preemptor.num_swaps + self._preemptor.num_recomputes
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any group waits or runs, or failed and was not handed over yet."""
+        return bool(self.running or self._queue or self._failed)
+
+    def stats(self) -> SchedulerStats:
+        """Queues and counters now."""
+        preemptor = self._preemptor
+        return SchedulerStats(
+            num_waiting=len(self.waiting),
+            num_running=len(self.running),
+            num_swapped=len(self.swapped),
+            num_running_seqs=sum(len(group.active) for group in self.running),
+            preempt_swap=preemptor.num_swaps,
+            preempt_recompute=preemptor.num_recomputes,
+            preempted_tokens=preemptor.num_recomputed_tokens,
+            swapped_bytes=preemptor.num_swapped_bytes,
+        )
+
+    def add(self, group: SequenceGroup, *, may_prefetch: bool = True) -> None:
+        """Queue a new group; ``may_prefetch``: the backend may get ready for it."""
+        if may_prefetch and len(self.waiting) + len(self.running) < self._max_num_seqs:
+            self._prefetch(group)
+        self._queue.rank(group, self._num_steps)
+        self._queue.add(group)
 
     def schedule(self) -> ScheduledBatch:
         """Choose the tokens of the next step and have their rows backed.
 
-        Decodes come first, then prefills under way, then new sequences while the budget lasts.
+        Decodes come first, then prefills under way, then, while the budget lasts and nothing was
+        preempted, groups that come back and new ones.
         """
+        self._num_steps += 1
         self._scheduled = {}
         self._budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
         self._schedule_decodes()
         self._schedule_prefills()
-        if self.num_preemptions == num_preemptions:
-            self._admit_waiting()
-        seqs = [seq for seq in self.running if seq.seq_id in self._scheduled]
-        if seqs or not (self.waiting or self.running):
+        if self._queue and self.num_preemptions == num_preemptions:
+            self._admit()
+        batch = self._batch()
+        if batch.seqs or not (self._queue or self.running):
             self._num_stalls = 0
         else:
             self._num_stalls += 1
         if self.waiting:
             self._prefetch(self.waiting[0])
-        failed, self._failed = self._failed, []
-        return ScheduledBatch(seqs, [self._scheduled[seq.seq_id] for seq in seqs], failed)
+        return batch
 
     def complete(self, batch: ScheduledBatch) -> None:
         """Note that a step computed its tokens."""
-        for seq, num_new_tokens in zip(batch.seqs, batch.num_new_tokens, strict=True):
-            seq.num_computed_tokens += num_new_tokens
+        for part in batch.groups:
+            group = part.group
+            for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
+                self._memory.note_computed(group, seq, num_new_tokens)
+            if group.is_shielded and part.seqs[0].num_uncomputed_tokens == 0:
+                group.is_shielded = False
 
-    def release(self, finished: list[Sequence]) -> None:
-        """Take ended sequences off the queues and free their KV."""
-        running = [seq for seq in finished if seq in self.running]
-        if running:
-            self._backend.free([seq.seq_id for seq in running])
-            self.running = [seq for seq in self.running if not seq.is_finished]
-        if len(running) < len(finished):
-            self.waiting = deque(seq for seq in self.waiting if not seq.is_finished)
+    def release(self, groups: list[SequenceGroup]) -> None:
+        """Free the KV of ended sequences, and take ended groups off the queues."""
+        was_queued = False
+        for group in groups:
+            group.drop_finished()
+            if not group.is_finished:
+                self._memory.free_finished(group)
+                continue
+            self._memory.free(group)
+            if group.status is GroupStatus.RUNNING:
+                self.running.remove(group)
+            else:
+                was_queued = True
+            group.status = GroupStatus.FINISHED
+        if was_queued:
+            self._queue.remove_finished()
         if self._failed:
-            self._failed = [seq for seq in self._failed if seq not in finished]
+            self._failed = [group for group in self._failed if group not in groups]
+
+    def preempt(self, group: SequenceGroup) -> None:
+        """Take the KV of a running group, by swap or recompute; it comes back when it can."""
+        self.running.remove(group)
+        for seq in group.active:
+            self._budget += self._scheduled.pop(seq.seq_id, 0)
+        self._preemptor.preempt(group)
+        self._queue.add(group)
+
+    def preempt_all(self) -> None:
+        """Drop the KV of every group; all wait to be computed again."""
+        for group in [*self.running, *self.swapped]:
+            if group.status is GroupStatus.SWAPPED:
+                self._drop_swapped(group)
+            else:
+                self.running.remove(group)
+                self._preemptor.drop(group)
+                self._queue.add(group)
+
+    def _batch(self) -> ScheduledBatch:
+        scheduled = self._scheduled
+        parts: list[ScheduledGroup] = []
+        for group in self.running:
+            seqs = [seq for seq in group.active if seq.seq_id in scheduled]
+            if seqs:
+                counts = [scheduled[seq.seq_id] for seq in seqs]
+                parts.append(ScheduledGroup(group, seqs, counts))
+        failed, self._failed = self._failed, []
+        return ScheduledBatch(
+            parts,
+            [seq for part in parts for seq in part.seqs],
+            [count for part in parts for count in part.num_new_tokens],
+            failed,
+        )
 
     def _schedule_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
         self._scheduled[seq.seq_id] = num_new_tokens
         self._budget -= num_new_tokens
 
     def _schedule_decodes(self) -> None:
-        ready = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
-        while ready:
-            if self._try_extend(ready):
-                break
-            if self._can_wait():
-                ready = [seq for seq in ready if self._try_extend([seq])]
-                break
-            victim = self._evict_latest()
-            ready = [seq for seq in ready if seq is not victim]
-        for seq in ready:
-            self._schedule_tokens(seq, 1)
-
-    def _try_extend(self, seqs: list[Sequence]) -> bool:
-        return self._backend.try_extend(
-            [seq.seq_id for seq in seqs], [len(seq.token_ids) for seq in seqs]
-        )
-
-    def _schedule_prefills(self) -> None:
-        for seq in [seq for seq in self.running if seq.num_uncomputed_tokens > 1]:
-            while seq.status is SequenceStatus.RUNNING and self._budget > 0:
-                num_new_tokens = min(seq.num_uncomputed_tokens, self._budget)
-                total = seq.num_computed_tokens + num_new_tokens
-                if self._backend.try_extend([seq.seq_id], [total]):
-                    self._schedule_tokens(seq, num_new_tokens)
-                    break
+        for group in [group for group in self.running if group.needs_kv_change]:
+            while group.status is GroupStatus.RUNNING and not self._memory.try_prepare(group):
                 if self._can_wait():
                     break
-                self._evict_latest()
+                self._evict()
+        ready = [group for group in self.running if group.is_decoding]
+        while ready and not self._try_decode(ready):
+            if self._can_wait():
+                ready = [group for group in ready if self._try_decode([group])]
+                break
+            self._evict()
+            ready = [group for group in ready if group.status is GroupStatus.RUNNING]
+        for group in ready:
+            for seq in group.active:
+                self._schedule_tokens(seq, 1)
+
+    def _try_decode(self, groups: list[SequenceGroup]) -> bool:
+        seqs = [seq for group in groups for seq in group.active]
+        return self._memory.try_extend(seqs, [len(seq.token_ids) for seq in seqs])
+
+    def _schedule_prefills(self) -> None:
+        groups = [group for group in self.running if not group.is_decoding]
+        groups.sort(key=lambda group: group.rank)
+        for group in groups:
+            for seq in list(group.active):
+                while (
+                    group.status is GroupStatus.RUNNING
+                    and (num_new_tokens := self._next_chunk(group, seq)) > 0
+                ):
+                    total = seq.num_computed_tokens + num_new_tokens
+                    if self._memory.try_extend([seq], [total]):
+                        self._schedule_tokens(seq, num_new_tokens)
+                        break
+                    if self._can_wait():
+                        break
+                    self._evict()
+
+    def _next_chunk(self, group: SequenceGroup, seq: Sequence) -> int:
+        if not seq.has_kv:
+            return 0
+        return min(group.prefill_goal(seq) - seq.num_computed_tokens, self._budget)
 
     def _can_wait(self) -> bool:
         """Whether pages come back when this step ends, so that nothing need be evicted."""
@@ -154,72 +298,110 @@ class Scheduler:
         if self._backend.stats().retired_pages > 0:
             return True
         # Alone and within the pool's size: a passing shortage of the host, not of the pool.
-        alone = self.running[0] if len(self.running) == 1 else None
-        return alone is not None and alone.num_tokens <= self._backend.max_seq_tokens()
+        if len(self.running) > 1 or self.swapped:
+            return False
+        (alone,) = self.running
+        return len(alone.seqs) == 1 and alone.root.num_tokens <= self._backend.max_seq_tokens()
 
-    def _evict_latest(self) -> Sequence:
-        """Take the KV of the sequence that arrived last; alone, it ends with an error."""
-        victim = max(self.running, key=lambda seq: seq.seq_id)
-        self.running.remove(victim)
-        self._budget += self._scheduled.pop(victim.seq_id, 0)
-        self._backend.free([victim.seq_id])
-        if not self.running:
+    def _evict(self) -> None:
+        """Take the KV of the group that can best do without; alone, it ends with an error."""
+        victim = choose_victim(self.running)
+        if len(self.running) == 1 and self.swapped:
+            self._drop_swapped(self.swapped[-1])  # it may hold pages that both shared
+            return
+        if len(self.running) > 1:
+            self.preempt(victim)
+        else:
+            self.running.remove(victim)
+            self._scheduled.clear()
             self._fail(victim, "ran out of KV memory with nothing left to preempt")
-            return victim
-        self.num_preemptions += 1
-        self.num_preempted_tokens += victim.num_computed_tokens
-        victim.metrics.num_preemptions += 1
-        logger.info(
-            "preempted request %s: %d computed tokens dropped, %d sequences still running",
-            victim.request_id,
-            victim.num_computed_tokens,
-            len(self.running),
-        )
-        victim.num_computed_tokens = 0
-        victim.status = SequenceStatus.WAITING
-        self.waiting.appendleft(victim)
-        return victim
 
-    def _admit_waiting(self) -> None:
-        while self.waiting and len(self.running) < self._max_num_seqs and self._budget > 0:
-            seq = self.waiting[0]
-            if self._rows_needed(seq) > self._backend.max_seq_tokens():
-                self._fail(self.waiting.popleft(), "does not fit the KV cache")
-                continue
-            if self.running and not self._backend.can_admit(self._rows_to_readmit(seq)):
+    def _drop_swapped(self, group: SequenceGroup) -> None:
+        """Give up the copy of a swapped-out group; it waits to be computed again."""
+        self._queue.remove(group)
+        self._preemptor.drop(group)
+        self._queue.add(group)
+
+    def _admit(self) -> None:
+        num_seats = sum(group.num_seats for group in self.running)
+        prefills = [group for group in self.running if not group.is_decoding]
+        for group in self._queue.candidates(self._max_num_seqs):
+            num_seats += group.num_seats
+            if self._budget <= 0 or num_seats > self._max_num_seqs:
                 break
-            num_new_tokens = min(seq.num_tokens, self._budget)
-            group = SequenceGroupSpec((seq.seq_id,), num_new_tokens)
-            if self._backend.try_admit(group) is None:
-                if self.running or self._num_stalls < MAX_STALLS:
+            if group.status is GroupStatus.SWAPPED:
+                if not self._try_return(group):
                     break
-                self._fail(self.waiting.popleft(), "found no KV memory although nothing runs")
-                self._num_stalls = 0
-                continue
-            self.waiting.popleft()
-            seq.status = SequenceStatus.RUNNING
-            self.running.append(seq)
-            self._schedule_tokens(seq, num_new_tokens)
+            elif self._admission.never_fits(group):
+                self._queue.remove(group)
+                self._fail(group, "does not fit the KV cache")
+                num_seats -= group.num_seats
+            elif self._admission.waits_for_prefix(group, prefills):
+                num_seats -= group.num_seats
+            elif self._try_start(group):
+                prefills.append(group)
+            else:
+                break
 
-    @staticmethod
-    def _rows_needed(seq: Sequence) -> int:
-        """Rows without which it cannot make one more token than it has, and be read again."""
-        is_last = seq.num_output_tokens + 1 >= seq.max_tokens
-        return seq.num_tokens + (0 if is_last else 1)
-
-    def _rows_to_readmit(self, seq: Sequence) -> int:
-        if seq.metrics.num_preemptions == 0:
-            return seq.num_tokens
-        return seq.num_tokens + READMIT_HEADROOM_TOKENS * len(self.running)
-
-    def _fail(self, seq: Sequence, what: str) -> None:
-        config = self._backend.config
-        seq.error = (
-            f"request {seq.request_id} {what}: it has {seq.num_tokens} tokens, and the cap of "
-            f"{config.capacity_bytes} bytes holds {self._backend.max_seq_tokens()} of one sequence"
+    def _try_start(self, group: SequenceGroup) -> bool:
+        num_new_tokens = self._admission.try_start(
+            group, self._budget, self._num_running_seqs(), is_alone=not self.running
         )
-        seq.finish("error")
-        self._failed.append(seq)
+        if num_new_tokens is None:
+            if self.running or self._num_stalls < MAX_STALLS:
+                return False
+            if self.swapped:
+                self._drop_swapped(self.swapped[-1])
+                return False
+            self._queue.remove(group)
+            self._fail(group, "found no KV memory although nothing runs")
+            self._num_stalls = 0
+            return True
+        self._queue.remove(group)
+        group.status = GroupStatus.RUNNING
+        self.running.append(group)
+        seq = next(seq for seq in group.active if seq.has_kv)
+        if num_new_tokens > 0:
+            self._schedule_tokens(seq, num_new_tokens)
+        return True
 
-    def _prefetch(self, seq: Sequence) -> None:
-        self._backend.prefetch(min(seq.num_tokens, self._max_num_batched_tokens))
+    def _try_return(self, group: SequenceGroup) -> bool:
+        """Bring a swapped-out group back, and let it run at once if it can."""
+        if self.running and not self._admission.has_room_to_return(group, self._num_running_seqs()):
+            return False
+        self._queue.remove(group)
+        if not self._preemptor.try_return(group):
+            self._queue.add(group)
+            if not self.running and self._num_stalls >= MAX_STALLS:
+                self._drop_swapped(self.swapped[-1])
+            return False
+        self.running.append(group)
+        if (
+            len(group.active) <= self._budget
+            and self._memory.try_prepare(group)
+            and group.is_decoding
+            and self._try_decode([group])
+        ):
+            for seq in group.active:
+                self._schedule_tokens(seq, 1)
+        return True
+
+    def _num_running_seqs(self) -> int:
+        return sum(len(group.active) for group in self.running)
+
+    def _fail(self, group: SequenceGroup, what: str) -> None:
+        num_tokens = max(seq.num_tokens for seq in group.active)
+        num_seqs = len(group.active) if group.is_expanded else group.width
+        of = "" if num_seqs == 1 else f"in each of {num_seqs} sequences "
+        error = (
+            f"request {group.request_id} {what}: it has {num_tokens} tokens {of}, and the cap of "
+            f"{self._backend.stats().capacity_bytes} bytes holds {self._backend.max_seq_tokens()} "
+            "of one sequence"
+        ).replace(" ,", ",")
+        group.finish("error", error)
+        self._memory.free(group)
+        group.status = GroupStatus.FINISHED
+        self._failed.append(group)
+
+    def _prefetch(self, group: SequenceGroup) -> None:
+        self._backend.prefetch(min(group.root.num_tokens, self._max_num_batched_tokens))

@@ -11,7 +11,7 @@ import pytest
 from vmalloc import cli
 
 EXECUTABLE = Path(sys.executable).with_name("vmalloc")
-OUTPUT_KEYS = {"prompt", "text", "token_ids", "finish_reason"}
+OUTPUT_KEYS = {"prompt", "index", "text", "token_ids", "finish_reason", "num_cached_tokens"}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_json_is_one_object_and_nothing_else_on_stdout():
         check=True,
     )
     document = json.loads(result.stdout)
-    assert set(document) == {"outputs", "memory"}
+    assert set(document) == {"outputs", "memory", "kernel", "scheduler", "prefix_cache"}
     assert [output["prompt"] for output in document["outputs"]] == ["def ", "import "]
     for output in document["outputs"]:
         assert set(output) == OUTPUT_KEYS
@@ -57,6 +57,7 @@ def test_json_is_one_object_and_nothing_else_on_stdout():
         memory["committed_pages"]
         + memory["ahead_pages"]
         + memory["parked_pages"]
+        + memory["cached_pages"]
         + memory["free_pages"]
         + memory["retired_pages"]
     )
@@ -74,6 +75,53 @@ def test_text_is_printed_in_the_order_of_the_prompts_with_the_memory_table(run):
         "Stall time",
     ):
         assert words in out
+
+
+def test_several_completions_are_numbered_and_share_their_prompt(run):
+    several = ("-p", "def ", "--n", "3", "--seed", "2")
+    document = generate_json(run, *several)
+    assert [output["index"] for output in document["outputs"]] == [0, 1, 2]
+    assert document["memory"]["cow_copies"] > 0
+    code, out, _ = run("generate", *several, "--max-tokens", "12")
+    assert code == 0
+    for idx, output in enumerate(document["outputs"]):
+        assert f"[{idx + 1}/3] def {output['text']}" in out
+
+
+@pytest.mark.parametrize("backend", ["virtual", "paged"])
+def test_beams_come_best_first_and_name_their_kernel(run, backend):
+    document = generate_json(
+        run, "-p", "def ", "--n", "2", "--use-beam-search", "--kv-backend", backend
+    )
+    first, second = document["outputs"]
+    assert first["cumulative_logprob"] > second["cumulative_logprob"]
+    assert ("block_table" in document["kernel"]) == (backend == "paged")
+
+
+def test_a_shared_prompt_is_computed_once_unless_told_otherwise(run):
+    text = "x = 1\n" * 40
+    twice = ("-p", text, "-p", text, "--max-num-seqs", "1")
+    shared = generate_json(run, *twice)
+    assert shared["outputs"][1]["num_cached_tokens"] > 50
+    assert shared["prefix_cache"]["hit_tokens"] > 50
+    alone = generate_json(run, *twice, "--no-enable-prefix-caching")
+    assert alone["outputs"][1]["num_cached_tokens"] == 0
+    for one, other in zip(shared["outputs"], alone["outputs"], strict=True):
+        assert one["token_ids"] == other["token_ids"]
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preemption_shows_in_the_table_and_not_in_the_text(run, mode):
+    prompts = ("-p", "import ", "-p", "def ", "-p", "class ", "--max-tokens", "60")
+    free = generate_json(run, *prompts)
+    tight = (*prompts, "--preemption-mode", mode, "--page-size", "4096")
+    tight = (*tight, "--kv-cache-memory-bytes", str(4096 * 100))
+    document = generate_json(run, *tight)
+    assert document["scheduler"][f"preempt_{mode}"] > 0
+    for one, other in zip(free["outputs"], document["outputs"], strict=True):
+        assert one["token_ids"] == other["token_ids"]
+    _, out, _ = run("generate", *tight)
+    assert f"Preempted by {mode}" in out
 
 
 def test_printed_text_is_the_generated_text(run):
@@ -151,7 +199,11 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
         (["-p", "x", "--max-model-len", "4096"], "max_model_len is 4096.*2048"),
         (["-p", "x", "--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["-p", "x", "--max-num-seqs", "100000000"], "200000000 slots"),
-        (["-p", "x", "--kv-backend", "paged"], "paged"),
+        (["-p", "x", "--block-size", "0"], "block_size is 0"),
+        (["-p", "x", "--swap-space", "-1"], "swap_space_bytes is -1073741824"),
+        (["-p", "x", "--n", "65"], "n is 65.*max_num_seqs, 64"),
+        (["-p", "x", "--n", "2", "--best-of", "1"], "best_of is 1"),
+        (["-p", "x", "--priority", "3"], "priority is 3.*scheduling_policy"),
         (["--prompts-file", "no/such/file"], "no/such/file"),
     ],
 )

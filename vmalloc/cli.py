@@ -1,6 +1,7 @@
 """The command line: ``vmalloc generate`` and ``vmalloc info``.
 
-Owns: argument parsing and what people read.  Thread-safety: none; one process, one command.
+Owns: what people read; the options are in ``cli_options.py``.
+Thread-safety: none; one process, one command.
 
 The one file that may import the engine from the library, and it does so lazily: ``--help`` loads
 neither torch nor transformers.
@@ -11,18 +12,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from enum import Enum
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.style import Style
 
+from . import cli_options as options
 from .errors import ConfigError, VmallocError
 
 if TYPE_CHECKING:
-    from .engine import RequestOutput
+    from .engine import LLM, RequestOutput
 
 EXIT_FAILED_REQUEST = 1
 EXIT_BAD_INPUT = 2
@@ -37,134 +40,70 @@ app = typer.Typer(
 )
 
 
-class Dtype(str, Enum):
-    """Element types, as the option lists them."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Backend(str, Enum):
-    """KV backends, as the option lists them."""
-
-    AUTO = "auto"
-    VIRTUAL = "virtual"
-    PAGED = "paged"
-
-
 _BOLD = Style(bold=True)
-_SAMPLING = "Sampling"
-_MEMORY = "Memory"
 
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from. Repeatable.")
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(help="One prompt a line; a line that is a JSON string may hold newlines."),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="'demo' (bundled), a local folder, or a hub id."),
-    ] = "demo",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub id, if it is not the model's own.")
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Weights, activations and KV; auto is float32 on CPU.")
-    ] = Dtype.AUTO,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
-    ] = False,
-    max_tokens: Annotated[
-        int, typer.Option(help="Most tokens to generate per prompt.", rich_help_panel=_SAMPLING)
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING),
-    ] = 0.0,
-    top_k: Annotated[
-        int,
-        typer.Option(help="Sample from the k likeliest; 0 or -1: all.", rich_help_panel=_SAMPLING),
-    ] = -1,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Sample from the likeliest that add up to p.", rich_help_panel=_SAMPLING),
-    ] = 1.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Same seed, same text; with --batch-invariant whatever else runs in the batch.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="End a text at this string. Repeatable.", rich_help_panel=_SAMPLING),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option(help="Go on past the end token.", rich_help_panel=_SAMPLING)
-    ] = False,
-    kv_backend: Annotated[
-        Backend, typer.Option(help="Where K and V live.", rich_help_panel=_MEMORY)
-    ] = Backend.AUTO,
-    kv_cache_memory_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="Hard cap on physical KV memory. Default: a quarter of what is available, at "
-            "most what the sequences can use.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(help="Most tokens of a sequence, prompt included.", rich_help_panel=_MEMORY),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Most sequences in one step.", rich_help_panel=_MEMORY)
-    ] = 64,
-    page_size: Annotated[
-        int | None,
-        typer.Option(help="Bytes of one physical page. Default: 64 KiB.", rich_help_panel=_MEMORY),
-    ] = None,
-    layers_per_group: Annotated[
-        int | None,
-        typer.Option(
-            help="Layers whose K and V share one row; 1: a buffer per layer. Default: all.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None,
-    commit_ahead: Annotated[
-        int,
-        typer.Option(
-            help="Tokens backed ahead of each sequence by the worker thread; 0: no worker.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = 4,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            help="Make logits bitwise independent of batch mates.", rich_help_panel=_MEMORY
-        ),
-    ] = False,
+    prompt: options.Prompts = None,
+    prompts_file: options.PromptsFile = None,
+    model: options.Model = "demo",
+    tokenizer: options.Tokenizer = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    as_json: options.AsJson = False,
+    n: options.NumCompletions = 1,
+    best_of: options.BestOf = None,
+    use_beam_search: options.UseBeamSearch = False,
+    length_penalty: options.LengthPenalty = 1.0,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = -1,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    regex: options.Regex = None,
+    kv_backend: options.BackendOption = options.Backend.AUTO,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    swap_space: options.SwapSpace = None,
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    commit_policy: options.CommitPolicyOption = options.CommitPolicy.ON_DEMAND,
+    page_size: options.PageSize = None,
+    block_size: options.BlockSize = 16,
+    layers_per_group: options.LayersPerGroup = None,
+    commit_ahead: options.CommitAhead = 4,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    scheduling_policy: options.SchedulingPolicyOption = options.SchedulingPolicy.FCFS,
+    priority: options.Priority = None,
+    preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
+    batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
     prompts = _read_prompts(prompt or [], prompts_file)
     _prepare_process(model)
-    from .engine import LLM, SamplingParams
+    from .engine import LLM, SamplingParams, StructuredOutputsParams
 
+    if temperature is None:  # several samples of the likeliest token would all be the same
+        temperature = 1.0 if (best_of or n) > 1 and not use_beam_search else 0.0
     params = SamplingParams(
+        n=n,
+        best_of=best_of,
+        use_beam_search=use_beam_search,
+        length_penalty=length_penalty,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         max_tokens=max_tokens,
         stop=stop or None,
         ignore_eos=ignore_eos,
+        structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
     with LLM(
         model,
@@ -172,35 +111,29 @@ def generate(
         dtype=dtype.value,
         kv_backend=kv_backend.value,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
+        swap_space_bytes=_gib_to_bytes(swap_space),
+        enable_prefix_caching=enable_prefix_caching,
+        commit_policy=commit_policy.value,
         page_size=page_size,
+        block_size=block_size,
         layers_per_group=layers_per_group,
         commit_ahead_tokens=commit_ahead,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        scheduling_policy=scheduling_policy.value,
+        preemption_mode=preemption_mode.value,
         seed=seed or 0,
         batch_invariant=batch_invariant,
     ) as llm:
         if as_json:
-            outputs = llm.generate(prompts, params)
+            outputs = llm.generate(prompts, params, priority=priority or None)
         else:
-            printer = TextPrinter(prompts)
-            outputs = llm.generate(prompts, params, use_tqdm=False, on_token=printer.add)
-        from .memory_table import memory_report, memory_summary
-
-        stats = llm.kv_stats()
-        max_model_len = llm.config.max_model_len or 0
-        max_length_bytes = stats.peak_live_seqs * llm.engine.backend.bytes_for(max_model_len)
-        if as_json:
-            result = {
-                "outputs": [_output_dict(output) for output in outputs],
-                "memory": memory_summary(stats, max_length_bytes),
-            }
-            sys.stdout.write(json.dumps(result) + "\n")
-        else:
-            console = Console()
-            console.print(
-                memory_report(stats, max_length_bytes, max_model_len, width=console.width)
+            printer = TextPrinter(prompts, n)
+            outputs = llm.generate(
+                prompts, params, use_tqdm=False, on_token=printer.add, priority=priority or None
             )
+        _show_memory(llm, outputs, as_json=as_json)
     errors = [output.error for output in outputs if output.error is not None]
     for error in errors:
         _complain(error)
@@ -209,11 +142,7 @@ def generate(
 
 
 @app.command()
-def info(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
-    ] = False,
-) -> None:
+def info(as_json: options.AsJson = False) -> None:
     """Show drivers, attention kernels, the backend that auto picks, and this host's limits."""
     _prepare_process()
     from .host_info import host_info, host_report
@@ -226,22 +155,28 @@ def info(
 
 
 class TextPrinter:
-    """Prints texts in the order of the prompts, each as it comes."""
+    """Prints texts in the order of the prompts and completions, each as it comes."""
 
-    def __init__(self, prompts: list[str]) -> None:
+    def __init__(self, prompts: list[str], num_completions: int = 1) -> None:
         self._prompts = prompts
+        self._num_completions = num_completions
         self._console = Console()
-        self._pending = [""] * len(prompts)
-        self._is_finished = [False] * len(prompts)
+        self._pending = [""] * len(prompts) * num_completions
+        self._is_finished = [False] * len(prompts) * num_completions
         self._current = -1
         self._next()
 
     def add(self, output: RequestOutput) -> None:
-        """Take what is new of one request; show it if its prompt is the one on screen."""
-        idx = int(output.request_id)
-        self._pending[idx] += output.outputs[0].text
-        self._is_finished[idx] = output.is_finished
-        while self._current < len(self._prompts):
+        """Take what is new of one request; show it if its completion is the one on screen."""
+        first = int(output.request_id) * self._num_completions
+        for completion in output.outputs:
+            self._pending[first + completion.index] += completion.text
+            self._is_finished[first + completion.index] = completion.is_finished
+        if output.is_finished:  # also of completions that there are none of
+            self._is_finished[first : first + self._num_completions] = [
+                True
+            ] * self._num_completions
+        while self._current < len(self._pending):
             self._write(self._pending[self._current])
             self._pending[self._current] = ""
             if not self._is_finished[self._current]:
@@ -251,8 +186,11 @@ class TextPrinter:
 
     def _next(self) -> None:
         self._current += 1
-        if self._current < len(self._prompts):
-            prompt = self._prompts[self._current]
+        if self._current < len(self._pending):
+            prompt_idx, idx = divmod(self._current, self._num_completions)
+            prompt = self._prompts[prompt_idx]
+            if self._num_completions > 1:
+                self._write(f"[{idx + 1}/{self._num_completions}] ")
             self._write(_BOLD.render(prompt) if self._console.is_terminal else prompt)
 
     def _write(self, text: str) -> None:
@@ -288,17 +226,54 @@ def _read_prompt_line(line: str) -> str:
     return line
 
 
-def _output_dict(output: RequestOutput) -> dict[str, object]:
-    completion = output.outputs[0]
-    result: dict[str, object] = {
-        "prompt": output.prompt,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-    }
-    if output.error is not None:
-        result["error"] = output.error
-    return result
+def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> None:
+    """The figures of the KV memory; with ``as_json`` the outputs too, in one object."""
+    from .memory_table import memory_report, memory_summary
+
+    stats, scheduler, prefixes = llm.kv_stats(), llm.engine.stats(), llm.engine.prefix_stats()
+    max_model_len = llm.config.max_model_len or 0
+    max_length_bytes = stats.peak_live_seqs * llm.engine.backend.bytes_for(max_model_len)
+    if as_json:
+        result = {
+            "outputs": [entry for output in outputs for entry in _output_dicts(output)],
+            "memory": memory_summary(stats, max_length_bytes),
+            "kernel": llm.engine.kernel_name,
+            "scheduler": asdict(scheduler),
+            "prefix_cache": {**asdict(prefixes), "misses": dict(prefixes.misses)},
+        }
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    console = Console()
+    events = (
+        ("Preempted by swap", scheduler.preempt_swap, "requests"),
+        ("Preempted by recompute", scheduler.preempt_recompute, "requests"),
+        ("Prompt tokens from the cache", prefixes.hit_tokens, f"of {prefixes.queried_tokens}"),
+    )
+    console.print(
+        memory_report(stats, max_length_bytes, max_model_len, width=console.width, events=events)
+    )
+
+
+def _output_dicts(output: RequestOutput) -> Iterator[dict[str, object]]:
+    """One entry for each completion of a prompt."""
+    for completion in output.outputs:
+        result: dict[str, object] = {
+            "prompt": output.prompt,
+            "index": completion.index,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "num_cached_tokens": output.num_cached_tokens,
+        }
+        if completion.cumulative_logprob is not None:
+            result["cumulative_logprob"] = completion.cumulative_logprob
+        if output.error is not None:
+            result["error"] = output.error
+        yield result
+
+
+def _gib_to_bytes(num_gib: float | None) -> int | None:
+    return None if num_gib is None else int(num_gib * 2**30)
 
 
 def _prepare_process(model: str = "demo") -> None:

@@ -5,6 +5,8 @@ Owns: nothing.  Thread-safety: pure functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -44,6 +46,7 @@ def memory_summary(stats: KVCacheStats, max_length_bytes: int) -> dict[str, floa
         "committed_pages": stats.committed_bytes // page,
         "ahead_pages": stats.ahead_bytes // page,
         "parked_pages": stats.parked_bytes // page,
+        "cached_pages": stats.cached_bytes // page,
         "free_pages": stats.free_pages,
         "retired_pages": stats.retired_pages,
         "peak_committed_bytes": stats.peak_committed_bytes,
@@ -59,14 +62,28 @@ def memory_summary(stats: KVCacheStats, max_length_bytes: int) -> dict[str, floa
         "background_share": stats.background_pages / mapped if mapped else 0.0,
         "adopted_pages": stats.adopted_pages,
         "reclaimed_pages": stats.reclaimed_pages,
+        "aliased_pages": stats.aliased_pages,
+        "cow_copies": stats.cow_copies,
+        "shared_bytes": stats.shared_bytes,
+        "swapped_bytes": stats.swapped_bytes,
+        "swap_out_pages": stats.swap_out_pages,
+        "swap_in_pages": stats.swap_in_pages,
         "stall_us": stats.stall_us,
     }
 
 
 def memory_report(
-    stats: KVCacheStats, max_length_bytes: int, max_model_len: int, *, width: int = 80
+    stats: KVCacheStats,
+    max_length_bytes: int,
+    max_model_len: int,
+    *,
+    width: int = 80,
+    events: Sequence[tuple[str, int, str]] = (),
 ) -> Group:
     """A table of the figures, and bars that compare the peak with a max-length reservation.
+
+    What did not happen is left out: lines of sharing, the prefix cache and swapping whose figure is
+    0, and of ``events`` (name, count, remark), which come at the end.
 
     On a screen narrower than the table (``width`` columns) its remarks are left out, so that no
     figure is cut.
@@ -91,6 +108,9 @@ def memory_report(
         ("  committed now", str(stats.committed_bytes // page), "hold tokens of live sequences"),
         ("  ahead now", str(stats.ahead_bytes // page), "mapped before they are needed"),
         ("  parked now", str(stats.parked_bytes // page), "still mapped, warm for the next"),
+        *_lines(
+            ("  cached now", stats.cached_bytes // page, "prefixes of requests that ended"),
+        ),
         ("  free now", str(stats.free_pages), ""),
         (
             "Peak committed",
@@ -102,6 +122,12 @@ def memory_report(
         ("Pages mapped ahead of need", str(stats.background_pages), f"by the worker; {share}"),
         ("Pages mapped while waiting", str(stats.critical_pages), "on the critical path"),
         ("Pages adopted warm", str(stats.adopted_pages), "no call at all"),
+        *_lines(
+            ("Pages shared, not mapped anew", stats.aliased_pages, "forks and equal prefixes"),
+            ("Pages copied before a write", stats.cow_copies, "whole or in part"),
+            ("Pages swapped out", stats.swap_out_pages, f"{stats.swap_in_pages} back in"),
+            *events,
+        ),
         ("Stall time", f"{stats.stall_us / 1000:.1f} ms", "engine waited for pages"),
     ]
     for row in rows:
@@ -115,6 +141,11 @@ def memory_report(
         bar_width=max(1, min(_BAR_WIDTH, width - _BAR_LABELS_WIDTH)),
     )
     return Group(table, bars)
+
+
+def _lines(*lines: tuple[str, int, str]) -> list[tuple[str, str, str]]:
+    """The lines whose count is not 0."""
+    return [(name, str(count), remark) for name, count, remark in lines if count]
 
 
 def _bars(values: list[tuple[str, int]], bar_width: int) -> Table:

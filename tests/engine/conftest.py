@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read when libgomp loads, so before torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+
+from tests.engine.running import PAGE
+from vmalloc.engine import EngineConfig, LLMEngine
 
 VOCAB_SIZE = 97
 CONTEXT = 160
@@ -202,6 +206,27 @@ def assert_token_exact() -> Any:
 @pytest.fixture(scope="session")
 def assert_logprobs_agree() -> Any:
     return _assert_logprobs_agree
+
+
+@pytest.fixture(params=["virtual", "paged"])
+def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEngine]]:
+    """``make_engine("llama", max_num_seqs=4)``: an engine over a tiny model, on each backend."""
+    engines: list[LLMEngine] = []
+
+    def make(name: str = "llama", **settings: Any) -> LLMEngine:
+        defaults: dict[str, Any] = {
+            "kv_backend": request.param,
+            "page_size": PAGE,
+            "batch_invariant": True,
+            "max_num_seqs": 16,
+        }
+        config = EngineConfig(**{**defaults, **settings})
+        engines.append(LLMEngine(copy.deepcopy(_model(name)), None, config))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

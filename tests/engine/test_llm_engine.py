@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-import vmalloc.engine.llm_engine as llm_engine
+import vmalloc.engine.generation as generation
 from vmalloc.engine import (
     LLM,
     ConfigError,
@@ -116,7 +116,7 @@ def test_nan_past_each_sequences_end_never_reaches_an_output(
         def poisoned_step() -> Any:
             nonlocal num_poisoned
             backend.wait_worker()
-            for seq in llm.engine.scheduler.running:
+            for seq in [g.root for g in llm.engine.scheduler.running]:
                 slot, start = backend.slot_of(seq.seq_id), backend.seq_len(seq.seq_id)
                 end = min(backend.mapped_rows(seq.seq_id), backend.config.max_seq_len)
                 for layer_idx in range(len(backend.config.layers)):
@@ -214,7 +214,7 @@ def test_end_tokens_stop_unless_ignored_or_too_early(tiny_model: Any) -> None:
         later = run(stop_token_ids=[stop], min_tokens=8)
         assert len(later.token_ids) >= 8
         assert stop not in later.token_ids[:7]
-        llm.engine._end_token_ids = frozenset([stop])
+        llm.engine._reader.end_token_ids = frozenset([stop])
         ended = run()
         assert (ended.token_ids, ended.stop_reason) == (written[:first], None)
         assert run(ignore_eos=True).token_ids == written
@@ -384,7 +384,7 @@ class TestAfterAnException:
     def test_every_request_ends_as_if_nothing_was_raised(
         self, where: str, at: int | None, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original, calls = getattr(llm_engine, where), iter(range(1000))
+        original, calls = getattr(generation, where), iter(range(1000))
 
         def sometimes(*args: Any) -> Any:
             if next(calls) == at:
@@ -401,7 +401,7 @@ class TestAfterAnException:
                     engine.add_request(str(idx), list(prompt), params)
                 finished: dict[str, Any] = {}
                 if is_interrupted and at is not None:
-                    patch.setattr(llm_engine, where, sometimes)
+                    patch.setattr(generation, where, sometimes)
                     with pytest.raises(KeyboardInterrupt):
                         self.run_out(engine, finished)
                 self.run_out(engine, finished)

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-import vmalloc.engine.llm_engine as llm_engine
+import vmalloc.engine.generation as generation
 from vmalloc import cli
 from vmalloc.engine import LLM, EngineConfig, LLMEngine, SamplingParams
 from vmalloc.engine.model_loader import resolve_model_name
@@ -146,7 +146,7 @@ def test_an_engine_goes_on_after_an_interrupted_step(
         engine.add_request("a", PROMPT, GREEDY)
         engine.step()
         with monkeypatch.context() as patch:
-            patch.setattr(llm_engine, "sample", interrupt)
+            patch.setattr(generation, "sample", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 engine.step()
         for _ in range(50):
