@@ -11,14 +11,34 @@ namespace {
 struct StridedRows {
   std::int64_t row_bytes;
 
+  // Walks rows one by one. The stride is added up, since GCC spills an accumulator of the AVX2
+  // value loop where it computes each row's offset anew.
+  struct Cursor {
+    const char* at;
+    std::int64_t step;
+
+    const char* row() const { return at; }
+    void advance() { at += step; }
+  };
+
   std::int64_t offset(int key) const { return key * row_bytes; }
+  Cursor cursor(const char* origin, int key) const { return {origin + offset(key), row_bytes}; }
 };
 
 // Byte offsets of a tile's rows where they lie anywhere.
 struct ListedRows {
   const std::int64_t* offsets;  // [kTileKeys]
 
+  struct Cursor {
+    const char* origin;
+    const std::int64_t* offset;
+
+    const char* row() const { return origin + *offset; }
+    void advance() { ++offset; }
+  };
+
   std::int64_t offset(int key) const { return offsets[key]; }
+  Cursor cursor(const char* origin, int key) const { return {origin, offsets + key}; }
 };
 
 // Keys of one sequence: rows [begin, end) of the tile that starts at `first_key`.
@@ -120,8 +140,6 @@ struct ValueRows {
   Rows rows;
   std::int64_t dims;
   NextRows<Rows> next;
-
-  const T* row(int key) const { return reinterpret_cast<const T*>(origin + rows.offset(key)); }
 };
 
 }  // namespace

@@ -169,12 +169,14 @@ void accumulate_columns(const float* weights, const ValueRows<T, Rows>& values, 
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sum[r][c] = vload(out + r * out_stride + c * kLanes);
   }
-  for (int key = begin; key < end; ++key) {
+  auto cursor =
+      values.rows.cursor(values.origin + dim * static_cast<std::int64_t>(sizeof(T)), begin);
+  for (int key = begin; key < end; ++key, cursor.advance()) {
     if (key % 2 == 0) {
       values.next.fetch(kEarlyValues + key / 2, dim * static_cast<std::int64_t>(sizeof(T)),
                         C * kLanes * static_cast<std::int64_t>(sizeof(T)));
     }
-    const T* row = values.row(key) + dim;
+    const T* row = reinterpret_cast<const T*>(cursor.row());
     Vec v[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) v[c] = load_column<kHalf>(row + c * kLanes);

@@ -263,13 +263,15 @@ void bind_pool(py::module_& m) {
       .def("restore", &PagePool::restore, py::arg("page"), NoGil())
       .def("settle", &PagePool::settle, py::arg("page"), NoGil())
       .def("try_share", &PagePool::try_share, py::arg("page"), NoGil())
+      .def("try_hold", &PagePool::try_hold, py::arg("page"), NoGil())
+      .def("unhold", &PagePool::unhold, py::arg("page"), NoGil())
       .def("try_cache", &PagePool::try_cache, py::arg("page"), NoGil())
       .def("uncache", &PagePool::uncache, py::arg("page"), NoGil())
       .def("available", &PagePool::available, NoGil())
       .def("trim", &PagePool::trim, py::arg("keep_free"), NoGil())
       .def("set_max_pages", &PagePool::set_max_pages, py::arg("max_pages"), NoGil())
-      .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("cached"),
-           py::arg("retired"), NoGil())
+      .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("held"),
+           py::arg("cached"), py::arg("retired"), NoGil())
       .def("stats", [](const PagePool& pool) {
         const PoolStats stats = pool.stats();
         py::dict result;

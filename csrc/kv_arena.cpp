@@ -83,7 +83,7 @@ void KVArena::close() {
   const Lock lock(mutex_);
   while (!swapped_.empty()) forget_group(swapped_.begin());
   for (const auto& [page, num_pins] : pinned_) {
-    for (std::uint32_t i = 0; i < num_pins; ++i) pool_.release(page);
+    for (std::uint32_t i = 0; i < num_pins; ++i) pool_.unhold(page);
   }
   std::exception_ptr failure;
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
@@ -141,15 +141,16 @@ std::size_t KVArena::num_mapped(const Slot& slot) const {
   return num_pages;
 }
 
-/// Distinct pages that rows and swapped-out groups need. Each further live reference to a page is
-/// one that was counted before: only pages full of rows are shared.
+/// Distinct pages that rows, swapped-out groups and pins need. Each further live reference to a
+/// page is one that was counted before: only pages full of rows are shared.
 std::size_t KVArena::num_committed() const {
-  return needed_pages_ + held_pages_ - pool_.stats().num_extra;
+  const PoolStats pool = pool_.stats();
+  return needed_pages_ - pool.num_extra + pool.num_held;
 }
 
 /// Bytes of rows, in distinct pages. A page that was cut short where it is shared counts too low.
 std::size_t KVArena::num_live_bytes() const {
-  const std::size_t logical = live_rows_ * row_bytes_ + held_pages_ * totals_.page_bytes;
+  const std::size_t logical = live_rows_ * row_bytes_;
   const std::size_t extra = pool_.stats().num_extra * totals_.page_bytes;
   return logical > extra ? logical - extra : 0;
 }

@@ -138,7 +138,7 @@ class KVArena {
   /// Forget slot number `idx` of a group, and the group with its last one.
   void drop_swapped(std::uint64_t group, std::size_t idx);
 
-  /// Keep cached pages from eviction, as a reference of a live slot would; undone by unpin_pages.
+  /// Keep cached pages from eviction; undone by unpin_pages.
   void pin_pages(const std::vector<PageId>& pages);
   void unpin_pages(const std::vector<PageId>& pages);
 
@@ -281,7 +281,6 @@ class KVArena {
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
   std::size_t needed_pages_ = 0;  // of live slots; what they share counts for each
-  std::size_t held_pages_ = 0;    // references of swapped-out groups and pins
   std::map<PageId, std::uint32_t> pinned_;
   std::map<std::uint64_t, SwappedGroup> swapped_;
   std::uint64_t next_group_ = 1;

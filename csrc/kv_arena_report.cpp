@@ -74,13 +74,13 @@ std::size_t KVArena::available_pages() {
 void KVArena::check_invariants(const std::vector<PageId>& cached) {
   Lock lock = enter();
   wait_landed(lock);
-  std::vector<std::uint32_t> live, in_index, retired;
+  std::vector<std::uint32_t> live, held, in_index, retired;
   const auto count = [](std::vector<std::uint32_t>& counts, PageId page) {
     if (page >= counts.size()) counts.resize(page + 1, 0);
     ++counts[page];
   };
   std::size_t num_live = 0, live_rows = 0, needed = 0, parked = 0, num_idle = 0;
-  std::size_t num_retiring = 0, num_held = 0;
+  std::size_t num_retiring = 0;
   for (std::uint32_t id = 0; id < slots_.size(); ++id) {
     const Slot& slot = slots_[id];
     if (slot.state == SlotState::kLive) {
@@ -111,24 +111,21 @@ void KVArena::check_invariants(const std::vector<PageId>& cached) {
     }
   }
   for (const auto& [id, group] : swapped_) {
-    num_held += group.num_held;
     for (const PageId page : group.held) {
-      if (page != kNoPage) count(live, page);
+      if (page != kNoPage) count(held, page);
     }
   }
   for (const auto& [page, num_pins] : pinned_) {
-    num_held += num_pins;
-    for (std::uint32_t i = 0; i < num_pins; ++i) count(live, page);
+    for (std::uint32_t i = 0; i < num_pins; ++i) count(held, page);
   }
   for (const PageId page : cached) count(in_index, page);
   check_invariant(num_live == num_live_, "num_live is not the number of live slots");
   check_invariant(live_rows == live_rows_, "live_rows is not the sum of the slots' rows");
   check_invariant(needed == needed_pages_, "the pages that slots need are miscounted");
-  check_invariant(num_held == held_pages_, "held pages are miscounted");
   check_invariant(parked == idle_.num_pages(), "parked pages are miscounted");
   check_invariant(num_idle == idle_.size(), "the index of idle slots has strangers");
   check_invariant(num_retiring == retiring_.size(), "the list of retiring pages has strangers");
-  pool_.check_invariants(live, in_index, retired);
+  pool_.check_invariants(live, held, in_index, retired);
 }
 
 /// What must hold of the pages of one slot in one region.

@@ -55,7 +55,7 @@ void KVArena::check_prefix(const Prefix& prefix, std::size_t num_rows) const {
 std::size_t KVArena::num_unused_pages(const Prefix& prefix) const {
   std::size_t num_unused = 0;
   for (const std::vector<PageId>& pages : prefix.pages) {
-    for (const PageId page : pages) num_unused += pool_.num_live(page) == 0 ? 1U : 0U;
+    for (const PageId page : pages) num_unused += pool_.num_users(page) == 0 ? 1U : 0U;
   }
   return num_unused;
 }
@@ -173,9 +173,8 @@ std::size_t KVArena::uncache_pages(const std::vector<PageId>& pages) {
 void KVArena::pin_pages(const std::vector<PageId>& pages) {
   const Lock lock = enter();
   for (const PageId page : pages) {
-    check_invariant(pool_.try_share(page), "a page is pinned that nobody refers to");
+    check_invariant(pool_.try_hold(page), "a page is pinned that nobody refers to");
     ++pinned_[page];
-    ++held_pages_;
   }
 }
 
@@ -185,8 +184,7 @@ void KVArena::unpin_pages(const std::vector<PageId>& pages) {
     const auto pin = pinned_.find(page);
     check_invariant(pin != pinned_.end(), "a page is unpinned that is not pinned");
     if (--pin->second == 0) pinned_.erase(pin);
-    --held_pages_;
-    pool_.release(page);
+    pool_.unhold(page);
   }
 }
 

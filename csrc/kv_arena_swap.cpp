@@ -24,11 +24,9 @@ std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
     group.copies.push_back(std::move(copy));
   }
   for (const PageId page : group.held) {
-    check_invariant(pool_.try_share(page), "a live slot has a page that nobody refers to");
+    check_invariant(pool_.try_hold(page), "a live slot has a page that nobody refers to");
   }
-  group.num_held = group.held.size();
   group.num_copies = copied.size();
-  held_pages_ += group.num_held;
   totals_.swapped_bytes += num_bytes;
   totals_.swap_out_pages += group.num_copies;
   const std::uint64_t id = next_group_++;
@@ -51,8 +49,8 @@ SwappedGroup KVArena::pack_group(const Slots& slots, std::vector<PageId>* copied
   const auto pack = [&](PageId page) {
     const auto found = packed.find(page);
     if (found != packed.end()) return found->second;
-    // Live references from elsewhere: a slot outside the group, or a group swapped out before.
-    const bool is_held = pool_.num_live(page) > num_places[page];
+    // References from elsewhere: a slot outside the group, or a group swapped out before.
+    const bool is_held = pool_.num_users(page) > num_places[page];
     std::vector<PageId>& list = is_held ? group.held : *copied;
     const SwappedPage entry{is_held, list.size()};
     list.push_back(page);
@@ -183,10 +181,8 @@ void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
 
 void KVArena::drop_held(SwappedGroup* group, std::size_t idx) {
   if (group->held[idx] == kNoPage) return;
-  pool_.release(group->held[idx]);
+  pool_.unhold(group->held[idx]);
   group->held[idx] = kNoPage;
-  --group->num_held;
-  --held_pages_;
 }
 
 void KVArena::drop_copy(SwappedGroup* group, std::size_t idx) {

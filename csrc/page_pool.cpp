@@ -140,6 +140,9 @@ void PagePool::count(const Page& page, Sign sign) {
   if (page.live > 0) {
     num_in_use_ += one;
     num_extra_ += one * (page.live - 1);
+  } else if (page.held > 0) {
+    num_in_use_ += one;
+    num_held_ += one;
   } else if (page.cached > 0) {
     num_in_use_ += one;
     num_cached_ += one;
@@ -189,16 +192,30 @@ void PagePool::settle(PageId page) {
 
 bool PagePool::try_share(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (page >= pages_.size() || pages_[page].live + pages_[page].cached == 0) return false;
+  if (page >= pages_.size() || pages_[page].num_in_use() == 0) return false;
   change(page, [](Page& entry) { ++entry.live; });
+  return true;
+}
+
+bool PagePool::try_hold(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (page >= pages_.size() || pages_[page].num_in_use() == 0) return false;
+  change(page, [](Page& entry) { ++entry.held; });
   return true;
 }
 
 bool PagePool::try_cache(PageId page) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (page >= pages_.size() || pages_[page].live + pages_[page].cached == 0) return false;
+  if (page >= pages_.size() || pages_[page].num_in_use() == 0) return false;
   change(page, [](Page& entry) { ++entry.cached; });
   return true;
+}
+
+void PagePool::unhold(PageId page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check_invariant(page < pages_.size() && pages_[page].held > 0,
+                  "a page is let go that is not held");
+  change(page, [](Page& entry) { --entry.held; });
 }
 
 bool PagePool::uncache(PageId page) {
@@ -206,7 +223,7 @@ bool PagePool::uncache(PageId page) {
   check_invariant(page < pages_.size() && pages_[page].cached > 0,
                   "a page is uncached that is not cached");
   change(page, [](Page& entry) { --entry.cached; });
-  return pages_[page].live + pages_[page].cached + pages_[page].retired == 0;
+  return pages_[page].num_in_use() + pages_[page].retired == 0;
 }
 
 void PagePool::uncache_all() {
@@ -219,22 +236,22 @@ void PagePool::uncache_all() {
 bool PagePool::is_shared(PageId page, bool is_retired) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Page& entry = pages_[page];
-  return entry.live + entry.cached + (is_retired ? entry.retired : 0) > 1;
+  return entry.num_in_use() + (is_retired ? entry.retired : 0) > 1;
 }
 
 bool PagePool::is_in_use(PageId page) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return page < pages_.size() && pages_[page].live + pages_[page].cached > 0;
+  return page < pages_.size() && pages_[page].num_in_use() > 0;
 }
 
-std::uint32_t PagePool::num_live(PageId page) const {
+std::uint32_t PagePool::num_users(PageId page) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return page < pages_.size() ? pages_[page].live : 0;
+  return page < pages_.size() ? pages_[page].live + pages_[page].held : 0;
 }
 
 void PagePool::free_if_unreferenced(PageId page) {
   const Page& entry = pages_[page];
-  if (entry.live > 0 || entry.cached > 0 || entry.retired > 0) return;
+  if (entry.num_in_use() > 0 || entry.retired > 0) return;
   free_.insert(page);
   if (num_created_ <= max_pages_) return;
   try {
@@ -287,11 +304,12 @@ void PagePool::set_max_pages(std::size_t max_pages) {
 
 PoolStats PagePool::stats() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {num_created_, free_.size(), num_in_use_, num_cached_,
-          num_retired_, num_extra_,   max_pages_};
+  return {num_created_, free_.size(), num_in_use_, num_held_,
+          num_cached_,  num_retired_, num_extra_,  max_pages_};
 }
 
 void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
+                                const std::vector<std::uint32_t>& held,
                                 const std::vector<std::uint32_t>& cached,
                                 const std::vector<std::uint32_t>& retired) const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -299,15 +317,17 @@ void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
                   "created == free + in_use + retired does not hold");
   check_invariant(num_created_ + absent_.size() == pages_.size(),
                   "created + absent is not the number of page numbers");
-  std::size_t num_in_use = 0, num_cached = 0, num_retired = 0, num_extra = 0;
+  std::size_t num_in_use = 0, num_held = 0, num_cached = 0, num_retired = 0, num_extra = 0;
   for (PageId page = 0; page < pages_.size(); ++page) {
     const Page& entry = pages_[page];
     check_references("live", page, entry.live, live);
+    check_references("held", page, entry.held, held);
     check_references("cached", page, entry.cached, cached);
     check_references("retired", page, entry.retired, retired);
-    const bool is_in_use = entry.live > 0 || entry.cached > 0;
+    const bool is_in_use = entry.num_in_use() > 0;
     if (is_in_use) ++num_in_use;
-    if (is_in_use && entry.live == 0) ++num_cached;
+    if (entry.live == 0 && entry.held > 0) ++num_held;
+    if (entry.live + entry.held == 0 && entry.cached > 0) ++num_cached;
     if (entry.live > 1) num_extra += entry.live - 1;
     if (!is_in_use && entry.retired > 0) ++num_retired;
     check_invariant(
@@ -315,6 +335,7 @@ void PagePool::check_invariants(const std::vector<std::uint32_t>& live,
         "a page is not in exactly one of free, absent and referenced");
   }
   check_invariant(num_in_use == num_in_use_, "in_use is not the number of pages in use");
+  check_invariant(num_held == num_held_, "held is not the number of pages only held");
   check_invariant(num_cached == num_cached_, "cached is not the number of pages only cached");
   check_invariant(num_retired == num_retired_, "retired is not the number of retired pages");
   check_invariant(num_extra == num_extra_, "extra is not the number of further references");

@@ -22,17 +22,18 @@ constexpr PageId kNoPage = UINT32_MAX;
 struct PoolStats {  // num_created == num_free + num_in_use + num_retired
   std::size_t num_created = 0;
   std::size_t num_free = 0;
-  std::size_t num_in_use = 0;   ///< at least one live or cached reference
-  std::size_t num_cached = 0;   ///< of those, without a live one
+  std::size_t num_in_use = 0;   ///< at least one live, held or cached reference
+  std::size_t num_held = 0;     ///< of those, held ones without a live reference
+  std::size_t num_cached = 0;   ///< of those, with cached references only
   std::size_t num_retired = 0;  ///< only references that wait for a fence
   std::size_t num_extra = 0;    ///< live references beyond the first of each page
   std::size_t max_pages = 0;    ///< cap on num_created
 };
 
-/// A page is referred to by live references (a slot that maps it for use, a swapped-out group), by
-/// cached ones (the prefix index) and by retired ones (a slot that still maps it only because a
-/// running kernel may read it). With none of them it is free. More than one live or cached
-/// reference: it is shared, and nobody may write it.
+/// A page is referred to by live references (a slot that maps it for use), by held ones (a
+/// swapped-out group, a pin), by cached ones (the prefix index) and by retired ones (a slot that
+/// still maps it only because a running kernel may read it). With none of them it is free. A page
+/// with more than one of the first three is shared, and nobody may write it.
 class PagePool {
  public:
   PagePool(std::shared_ptr<Driver> driver, std::size_t max_pages);
@@ -46,17 +47,20 @@ class PagePool {
   [[nodiscard]] bool try_acquire(std::size_t num_pages, PageId after, PageId* pages,
                                  bool* any_used);
 
-  /// Add a live reference; false if the page has neither a live nor a cached one.
+  /// Add a live reference; false if the page is not in use.
   [[nodiscard]] bool try_share(PageId page);
+  [[nodiscard]] bool try_hold(PageId page);   ///< Likewise, a held reference.
   [[nodiscard]] bool try_cache(PageId page);  ///< Likewise, a cached reference.
+  void unhold(PageId page);                   ///< Drop a held reference.
   void uncache_all();                         ///< Drop every cached reference: the index is gone.
   bool uncache(PageId page);  ///< Drop a cached reference; true if the page is free by it.
 
-  /// True if somebody else may read the page, or take it back as theirs: there are live or cached
-  /// references beside the caller's live one, or any beside the caller's retired one.
+  /// True if somebody else may read the page, or take it back as theirs: there are other references
+  /// than the caller's live one (not counting retired ones), or than the caller's retired one.
   [[nodiscard]] bool is_shared(PageId page, bool is_retired) const;
-  [[nodiscard]] bool is_in_use(PageId page) const;  ///< It has a live or cached reference.
-  [[nodiscard]] std::uint32_t num_live(PageId page) const;
+  [[nodiscard]] bool is_in_use(PageId page) const;  ///< It has a reference that is not retired.
+  /// Live and held references.
+  [[nodiscard]] std::uint32_t num_users(PageId page) const;
 
   void release(PageId page);  ///< Drop a live reference whose mapping is gone already.
   void retire(PageId page);   ///< Turn a live reference into a retired one.
@@ -79,6 +83,7 @@ class PagePool {
   /// Check the equation above and every page's references against what the caller counted.
   /// Throws InvariantError. The vectors are indexed by PageId and may be shorter.
   void check_invariants(const std::vector<std::uint32_t>& live,
+                        const std::vector<std::uint32_t>& held,
                         const std::vector<std::uint32_t>& cached,
                         const std::vector<std::uint32_t>& retired) const;
 
@@ -86,8 +91,10 @@ class PagePool {
   struct Page {
     PageHandle handle = 0;
     std::uint32_t live = 0;
+    std::uint32_t held = 0;
     std::uint32_t cached = 0;
     std::uint32_t retired = 0;
+    [[nodiscard]] std::uint32_t num_in_use() const { return live + held + cached; }
     bool was_used = false;  // contents are no longer the driver's zeros
   };
 
@@ -111,7 +118,8 @@ class PagePool {
   std::deque<Page> pages_;
   ExtentMap free_;    // created, no reference
   ExtentMap absent_;  // numbers that no created page has
-  std::size_t num_created_ = 0, num_in_use_ = 0, num_cached_ = 0, num_retired_ = 0, num_extra_ = 0;
+  std::size_t num_created_ = 0, num_in_use_ = 0, num_held_ = 0, num_cached_ = 0, num_retired_ = 0,
+              num_extra_ = 0;
   std::size_t max_pages_;
 };
 

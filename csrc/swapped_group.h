@@ -26,9 +26,8 @@ struct SwappedSlot {
 
 struct SwappedGroup {
   std::vector<SwappedSlot> slots;
-  std::vector<PageId> held;  ///< one live reference each; kNoPage where no slot needs it any more
+  std::vector<PageId> held;  ///< one held reference each; kNoPage where no slot needs it any more
   std::vector<std::unique_ptr<char[]>> copies;  ///< likewise null
-  std::size_t num_held = 0;
   std::size_t num_copies = 0;
 };
 

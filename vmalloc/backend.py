@@ -362,14 +362,15 @@ class KVBackend(Protocol):
     def try_sleep(self) -> bool:
         """Give all physical memory back, the live sequences' to host memory; addresses stay.
 
-        Cached prefixes that are not in use are lost. Until ``try_wake`` every call but ``stats``,
+        Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
+        place. Until ``try_wake`` every call but ``stats``,
         ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
-        swap space does not hold the live sequences.
+        swap space does not hold the live sequences, or they exceed a cap that was lowered.
         """
         ...
 
     def try_wake(self) -> bool:
-        """Undo ``try_sleep``; False if there is no memory for it now."""
+        """Undo ``try_sleep``; False if there is no memory for it now, True if it is awake."""
         ...
 
     def check_invariants(self) -> None:

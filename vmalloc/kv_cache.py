@@ -135,6 +135,11 @@ class VirtualKVCache:
         self._check_new(group.seq_ids)
         if len(self._slot_of) + len(group.seq_ids) > self._config.max_num_seqs:
             return None
+        if hit is not None and hit.salt != group.cache_salt:
+            raise ConfigError(
+                f"the hit was looked up under salt {hit.salt!r}; the group's is "
+                f"{group.cache_salt!r}"
+            )
         found = None if hit is None else self._prefixes.find(hit, group.num_tokens - 1)
         slots = self._try_slots(group, found)
         if slots is None and found is not None and self._arena.last_shortage() > 0:
@@ -150,10 +155,8 @@ class VirtualKVCache:
                 self._prefixes.start(seq_id, group.cache_salt, node)
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
-            is_whole = num_cached == len(hit.token_ids) - 1  # the last one is always computed
-            reason = "" if is_whole else hit.miss_reason
             for _ in group.seq_ids:
-                self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, reason)
+                self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
         return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
@@ -451,6 +454,9 @@ class VirtualKVCache:
     def try_sleep(self) -> bool:
         self._check_awake()
         live = list(self._slot_of)
+        raw = self._arena.stats()
+        if raw["committed_pages"] > raw["max_pages"]:
+            return False  # after a resize to less: they could not come back
         if live:
             self._sleeping = self._swap_out(live)
             if self._sleeping is None:
@@ -463,7 +469,7 @@ class VirtualKVCache:
     def try_wake(self) -> bool:
         if not self._is_asleep:
             self._core_arena.available_pages()  # a closed one is neither
-            raise ConfigError("the cache is awake")
+            return True
         self._is_asleep = False
         if self._sleeping is not None and not self._swap_in(self._sleeping):
             self._is_asleep = True

@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .backend import MISS_REASONS, PrefixCacheStats
 from .errors import InvariantError
+from .prefix_checks import check_equal, recount
 from .prefix_lru import EvictionQueue
 from .prefix_node import (
     Pages,
     PrefixMatch,
     PrefixNode,
+    all_nodes,
     closest_child,
     current_node,
-    is_evictable,
     num_common,
     tokens_from_root,
 )
@@ -268,53 +269,16 @@ class PrefixIndex:
 
     def nodes(self) -> Iterator[PrefixNode]:
         """Every node but the roots, parents first."""
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                yield node
-            stack += node.children.values()
+        return all_nodes(self._roots.values())
 
     def check_invariants(self) -> None:
         """Recount everything from the trie; raise ``InvariantError`` for what differs."""
-        nodes = list(self.nodes())
-        for node in nodes:
-            self._check_node(node)
-        for root in self._roots.values():
-            _check(root.parent is None and root.is_attached, "a root has a parent")
-            _check(root.order == sorted(root.children), "children of a root are out of order")
-        _check(len(nodes) == self._num_nodes, "num_nodes")
-        _check(sum(len(node.pages) for node in nodes) == self._cached_pages, "cached_pages")
-        pinned = sum(len(node.pages) for node in nodes if node.num_pins)
-        _check(pinned == self._pinned_pages, "pinned_pages")
-        hashes = Counter(node.chain_hash for node in nodes if not node.is_tail)
-        _check(hashes == self._num_with_hash, "nodes by chain hash")
-        num_pins: Counter[int] = Counter()
-        for records in self._pins.values():
-            for record in records:
-                step: PrefixNode | None = current_node(record)
-                while step is not None:
-                    num_pins[id(step)] += 1
-                    step = step.parent
-        _check(all(node.num_pins == num_pins[id(node)] for node in nodes), "num_pins")
-
-    def _check_node(self, node: PrefixNode) -> None:
-        parent, where = node.parent, f"of the prefix node that ends at token {node.end}"
-        assert parent is not None
-        span = self._boundary(node.depth) - parent.end
-        _check(node.is_attached and parent.children.get(node.tokens) is node, f"parent {where}")
-        _check(node.end == parent.end + len(node.tokens), f"end {where}")
-        _check(not (node.is_tail and node.children), f"is_tail {where}")
-        _check(
-            (0 < len(node.tokens) < span) if node.is_tail else len(node.tokens) == span,
-            f"number of tokens {where}",
-        )
-        _check(node.order == sorted(node.children), f"order of children {where}")
-        _check(node.in_heap or not is_evictable(node), f"place in the LRU order {where}")
-        place = bisect_left(parent.order, node.tokens) + 1
-        if node.is_tail and place < len(parent.order):
-            right = parent.order[place]
-            _check(right[: len(node.tokens)] != node.tokens, f"redundant tail {where}")
+        pinned = [current_node(node) for records in self._pins.values() for node in records]
+        counts = recount(self._roots.values(), self._boundary, pinned)
+        check_equal("nodes", self._num_nodes, counts.num_nodes)
+        check_equal("cached pages", self._cached_pages, counts.cached_pages)
+        check_equal("pinned pages", self._pinned_pages, counts.pinned_pages)
+        check_equal("nodes by chain hash", self._num_with_hash, counts.num_with_hash)
 
     def _check_parent(self, node: PrefixNode) -> int:
         """Tokens of a full child of ``node``, which must be able to have one."""
@@ -398,8 +362,3 @@ class PrefixIndex:
         self._pinned_pages += change * len(node.pages)
         if self._on_pin is not None:
             self._on_pin(node.pages, change)
-
-
-def _check(holds: bool, what: str) -> None:
-    if not holds:
-        raise InvariantError(f"prefix index: wrong {what}")

@@ -6,7 +6,7 @@ Owns: nothing; ``PrefixIndex`` owns the trie.  Thread-safety: none; one engine t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,15 @@ def tokens_from_root(node: PrefixNode) -> list[int]:
         parts.append(step.tokens)
         step = step.parent
     return [token for part in reversed(parts) for token in part]
+
+
+def all_nodes(roots: Iterable[PrefixNode]) -> Iterator[PrefixNode]:
+    """Every node below ``roots``, parents first."""
+    stack = [child for root in roots for child in root.children.values()]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += node.children.values()
 
 
 def current_node(node: PrefixNode) -> PrefixNode:

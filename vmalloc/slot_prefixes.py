@@ -25,13 +25,16 @@ class SequencePrefix:
     """How much of a sequence the index knows.
 
     Attributes:
-        node: where it stands; locked.
-        next_end: tokens after which its next pages are full.
+        node: the deepest node that is known to hold its tokens; it may have left since.
+        locked: the deepest node with nothing but the sequence's own pages on the way to it. Only
+            this one is locked, so that whatever is merely cached can be evicted.
+        next_end: tokens after which the pages behind ``node`` are full.
         token_ids: its tokens, as far as they were registered; the engine's own list.
         num_known: of those, how many have their K and V in the cache.
     """
 
     node: PrefixNode
+    locked: PrefixNode
     next_end: int
     token_ids: Sequence[int] = ()
     num_known: int = 0
@@ -91,10 +94,10 @@ class SlotPrefixes:
         return None
 
     def start(self, seq_id: int, salt: str, node: PrefixNode | None = None) -> None:
-        """Follow a sequence that stands at ``node``, or has nothing cached yet."""
+        """Follow a sequence that has the pages up to ``node``, or none yet."""
         node = node or self.index.root(salt)
         self.index.lock(node)
-        self._sequences[seq_id] = SequencePrefix(node, self._steps.end(node.depth + 1))
+        self._sequences[seq_id] = SequencePrefix(node, node, self._steps.end(node.depth + 1))
 
     def register(self, seq_id: int, slot: int, token_ids: Sequence[int], num_tokens: int) -> None:
         """Put the pages that became full into the index."""
@@ -103,15 +106,22 @@ class SlotPrefixes:
             return
         sequence.token_ids = token_ids
         sequence.num_known = num_tokens
+        if sequence.next_end <= num_tokens:
+            self._advance(sequence, slot)
+
+    def _advance(self, sequence: SequencePrefix, slot: int) -> None:
+        """Enter every page that is full and not in the index yet."""
+        if not sequence.node.is_attached:
+            self._stand_at(sequence, sequence.locked)
         self._slot = slot
-        while sequence.next_end <= num_tokens:
+        while sequence.next_end <= sequence.num_known:
             node = sequence.node
-            tokens = tuple(token_ids[node.end : sequence.next_end])
-            child = self.index.step(node, tokens)
-            if child is None:
-                regions, numbers = self._steps.pages(node.depth + 1)
-                child = self.index.insert(node, tokens, self._refs(slot, regions, numbers))
-            self._move(sequence, child)
+            tokens = tuple(sequence.token_ids[node.end : sequence.next_end])
+            pages = self._refs(slot, *self._steps.pages(node.depth + 1))
+            child = self.index.insert(node, tokens, pages)
+            if sequence.locked is node and child.pages == pages:
+                self._move_lock(sequence, child)
+            self._stand_at(sequence, child)
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         """Forget what the sequence had registered beyond ``num_tokens``."""
@@ -119,18 +129,14 @@ class SlotPrefixes:
         if sequence is None:
             return
         sequence.num_known = min(sequence.num_known, num_tokens)
-        self._move(sequence, _node_at(sequence.node, num_tokens))
+        self._move_lock(sequence, _node_at(sequence.locked, num_tokens))
+        self._stand_at(sequence, _node_at(sequence.node, num_tokens))
 
     def copy(self, from_seq: int, to_seq: int, num_tokens: int) -> None:
         """Let ``to_seq`` stand where the first ``num_tokens`` tokens of ``from_seq`` do."""
         sequence = self._sequences.get(from_seq)
-        if sequence is None:
-            return
-        node = _node_at(sequence.node, num_tokens)
-        self.start(to_seq, node.salt, node)
-        copy = self._sequences[to_seq]
-        copy.token_ids = sequence.token_ids
-        copy.num_known = min(sequence.num_known, num_tokens)
+        if sequence is not None:
+            self._start_like(sequence, to_seq, num_tokens)
 
     def end(self, seq_id: int, slot: int | None = None) -> None:
         """Stop following; with ``slot``, leave the partly full pages to the index first."""
@@ -138,26 +144,23 @@ class SlotPrefixes:
         if sequence is None:
             return
         if slot is not None:
+            self._advance(sequence, slot)
             self._insert_tail(sequence, slot)
         del self._sequences[seq_id]
-        self.index.unlock(sequence.node)
+        self.index.unlock(sequence.locked)
 
     def restart(self, seq_id: int) -> None:
         """The sequence has no pages for now: it stands at the root."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
-            self._move(sequence, self.index.root(sequence.node.salt))
+            self._move_lock(sequence, self.index.root(sequence.node.salt))
+            self._stand_at(sequence, sequence.locked)
 
     def resume(self, seq_id: int, slot: int) -> None:
         """It has pages again, in ``slot``: offer what it had registered."""
         sequence = self._sequences.get(seq_id)
         if sequence is not None:
-            self.register(seq_id, slot, sequence.token_ids, sequence.num_known)
-
-    def salt_of(self, seq_id: int) -> str | None:
-        """Salt of a sequence that is followed."""
-        sequence = self._sequences.get(seq_id)
-        return None if sequence is None else sequence.node.salt
+            self._advance(sequence, slot)
 
     def rename(self, sources: dict[int, int], num_tokens: int) -> None:
         """Let every key stand where its value stood, all at once."""
@@ -165,30 +168,37 @@ class SlotPrefixes:
         for seq_id, source in sources.items():
             before = old[source]
             if before is not None:
-                self.start(seq_id, before.node.salt, _node_at(before.node, num_tokens))
-                copy = self._sequences[seq_id]
-                copy.token_ids = before.token_ids
-                copy.num_known = min(before.num_known, num_tokens)
+                self._start_like(before, seq_id, num_tokens)
         for sequence in old.values():
             if sequence is not None:
-                self.index.unlock(sequence.node)
+                self.index.unlock(sequence.locked)
 
     def page_ids(self) -> list[int]:
         """Ids of all pages in the index."""
         return [page for node in self.index.nodes() for _, _, page in node.pages]
 
-    def _move(self, sequence: SequencePrefix, node: PrefixNode) -> None:
-        if node is sequence.node:
-            return
-        self.index.lock(node)
-        self.index.unlock(sequence.node)
+    def _start_like(self, sequence: SequencePrefix, seq_id: int, num_tokens: int) -> None:
+        node = _node_at(sequence.locked, num_tokens)
+        self.start(seq_id, node.salt, node)
+        twin = self._sequences[seq_id]
+        twin.num_known = min(sequence.num_known, num_tokens)
+        # A copy: the lists of the two go different ways from here.
+        twin.token_ids = tuple(sequence.token_ids[: twin.num_known])
+
+    def _stand_at(self, sequence: SequencePrefix, node: PrefixNode) -> None:
         sequence.node = node
         sequence.next_end = self._steps.end(node.depth + 1)
+
+    def _move_lock(self, sequence: SequencePrefix, node: PrefixNode) -> None:
+        if node is not sequence.locked:
+            self.index.lock(node)
+            self.index.unlock(sequence.locked)
+            sequence.locked = node
 
     def _insert_tail(self, sequence: SequencePrefix, slot: int) -> None:
         node, num_tokens = sequence.node, sequence.num_known
         regions = [r for r in range(self._num_regions) if self._steps.has_part(r, num_tokens)]
-        if num_tokens <= node.end or not regions:
+        if num_tokens <= node.end or not regions or not node.is_attached:
             return
         numbers = [self._steps.full_pages(region, num_tokens) for region in regions]
         self._slot = slot

@@ -23,10 +23,10 @@ def counts(pool):
     )
 
 
-def check(pool, live=(), retired=(), cached=()):
-    size = 1 + max([*live, *retired, *cached, 0])
+def check(pool, live=(), retired=(), cached=(), held=()):
+    size = 1 + max([*live, *retired, *cached, *held, 0])
     pool.check_invariants(
-        *([list(pages).count(i) for i in range(size)] for pages in (live, cached, retired))
+        *([list(pages).count(i) for i in range(size)] for pages in (live, held, cached, retired))
     )
 
 
@@ -160,3 +160,33 @@ def test_destroying_the_pool_destroys_every_page():
     del pool
     counters = driver.counters()
     assert counters["create_calls"] == counters["destroy_calls"] == 10
+
+
+def test_references_of_four_kinds_keep_a_page(pool):
+    (page,) = pool.try_acquire(1)
+    assert pool.try_share(page)
+    assert pool.try_hold(page)
+    assert pool.try_cache(page)
+    check(pool, live=[page, page], held=[page], cached=[page])
+    assert (pool.stats()["shared_refs"], pool.stats()["cached_pages"]) == (1, 0)
+    pool.retire(page)
+    pool.release(page)
+    check(pool, retired=[page], held=[page], cached=[page])
+    assert (pool.stats()["in_use_pages"], pool.stats()["cached_pages"]) == (1, 0)
+    pool.unhold(page)
+    assert (pool.stats()["in_use_pages"], pool.stats()["cached_pages"]) == (1, 1)
+    assert not pool.uncache(page)  # a kernel may still read it
+    assert counts(pool) == (1, 0, 0, 1)
+    pool.settle(page)
+    assert counts(pool) == (1, 1, 0, 0)
+    for take in (pool.try_share, pool.try_hold, pool.try_cache):
+        assert not take(page)
+        assert not take(12345)
+    check(pool)
+
+
+@pytest.mark.parametrize("call", ["unhold", "uncache"])
+def test_dropping_what_was_not_taken_is_an_invariant_error(pool, call):
+    (page,) = pool.try_acquire(1)
+    with pytest.raises(InvariantError):
+        getattr(pool, call)(page)

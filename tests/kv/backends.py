@@ -32,7 +32,7 @@ BASES = [[(base * 7 + i * i) % 50 for i in range(128)] for base in range(3)]
 
 
 def make_config(shape="odd", **changes):
-    """A small cache of 64 full pages' worth of blocks or so; ``changes`` win."""
+    """Room for a few sequences of full length, and nothing that works in the background."""
     settings = {
         **SHAPES[shape],
         "max_num_seqs": 8,

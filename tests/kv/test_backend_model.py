@@ -4,9 +4,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vmalloc import ConfigError, SequenceGroupSpec
+from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
 
-from .backends import BASES, KINDS, SHAPES, Contents, make_cache, make_config
+from .backends import BASES, KINDS, SHAPES, Contents, make_config
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -27,19 +27,23 @@ class BackendMachine(RuleBasedStateMachine):
     )
     def start(self, shape, share, prefix_caching, commit_ahead):
         seq_bytes = MAX_LEN * make_config(shape).token_bytes
-        self.cache = make_cache(
-            self.kind,
+        config = make_config(
             shape,
             max_num_seqs=MAX_SEQS,
             num_slots=2 * MAX_SEQS if self.kind == "virtual" else None,
             max_seq_len=MAX_LEN,
-            capacity_bytes=int(share * seq_bytes) + (64 << 10),
+            capacity_bytes=int(share * seq_bytes) + (24 << 10),
             swap_bytes=seq_bytes,
             high_watermark=0.5 if share > 2 else 1.0,
             low_watermark=0.05,
             prefix_caching=prefix_caching,
             commit_ahead_tokens=commit_ahead,
         )
+        if self.kind == "virtual":
+            self.driver = _core.FaultDriver(_core.make_host_driver(config.page_bytes))
+            self.cache = VirtualKVCache(config, driver=self.driver)
+        else:
+            self.cache = create_kv_backend(config, self.kind)
         self.contents = Contents(self.cache)
         self.tokens = {}  # of live sequences
         self.salts = {}  # of live and swapped ones
@@ -48,6 +52,7 @@ class BackendMachine(RuleBasedStateMachine):
         self.pins = []
         self.next_id = 0
         self.step = None
+        self.admit(1, BASES[0], 33, 2, "", True, True)  # something to work with from the start
 
     # Coming and going
 
@@ -94,7 +99,7 @@ class BackendMachine(RuleBasedStateMachine):
     # Growing, shrinking, sharing
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), more=st.integers(0, 40), token=st.integers(0, 3))
+    @rule(data=st.data(), more=st.sampled_from([0, 1, 2, 3, 7, 16, 40]), token=st.integers(0, 3))
     def extend(self, data, more, token):
         self.grow(data.draw(self.some_live()), more, token)
 
@@ -104,8 +109,7 @@ class BackendMachine(RuleBasedStateMachine):
 
     def grow(self, seq_ids, more, token):
         after = {
-            seq_id: [*self.tokens[seq_id], *[token + seq_id % 2] * more][:MAX_LEN]
-            for seq_id in seq_ids
+            seq_id: [*self.tokens[seq_id], *[token + seq_id] * more][:MAX_LEN] for seq_id in seq_ids
         }
         if not self.cache.try_extend(seq_ids, [len(tokens) for tokens in after.values()]):
             return
@@ -125,8 +129,13 @@ class BackendMachine(RuleBasedStateMachine):
         self.tokens[seq_id] = self.tokens[seq_id][:num_tokens]
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), count=st.integers(1, 3), share=st.sampled_from([None, 0.3, 0.8, 1.0]))
-    def fork(self, data, count, share):
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 3),
+        share=st.sampled_from([None, 0.3, 0.8, 1.0]),
+        more=st.integers(0, 3),
+    )
+    def fork(self, data, count, share, more):
         parent = data.draw(self.one_live())
         tokens = self.tokens[parent]
         num_tokens = None if share is None else int(share * len(tokens))
@@ -136,6 +145,7 @@ class BackendMachine(RuleBasedStateMachine):
         self.next_id += count
         for child in children:
             self.tokens[child], self.salts[child] = tokens[:num_tokens], self.salts[parent]
+        self.grow([parent, *children], more, 0)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -211,14 +221,21 @@ class BackendMachine(RuleBasedStateMachine):
         del group[seq_id], self.salts[seq_id]
         self.swapped = [other for other in self.swapped if other]
 
+    @precondition(lambda self: self.step is None)
     @rule()
     def sleep(self):
         if not self.cache.try_sleep():
             return
-        assert self.cache.stats().created_pages == 0
+        stats = self.cache.stats()
+        num_pinned = self.cache.prefix_stats().pinned_pages if self.kind == "virtual" else 0
+        assert stats.created_pages <= stats.retired_pages + num_pinned
         with pytest.raises(ConfigError, match="asleep"):
             self.cache.flush_prefixes()
-        assert self.cache.try_wake()
+        if not self.cache.try_wake():
+            # Pages that a kernel may still read are in the way until it is done.
+            self.driver.hold_fences(False)
+            assert stats.retired_pages > 0
+            assert self.cache.try_wake()
 
     # Capacity and steps
 
@@ -244,6 +261,16 @@ class BackendMachine(RuleBasedStateMachine):
     def end_step(self):
         self.cache.end_step(self.step)
         self.step = None
+
+    @precondition(lambda self: self.kind == "virtual")
+    @rule(hold=st.booleans())
+    def hold_fences(self, hold):
+        self.driver.hold_fences(hold)
+
+    @precondition(lambda self: self.kind == "virtual")
+    @rule()
+    def wait_worker(self):
+        self.cache.wait_worker()
 
     # What always holds
 
@@ -274,8 +301,14 @@ class BackendMachine(RuleBasedStateMachine):
             self.contents.check(seq_id, tokens, self.salts[seq_id])
 
     def teardown(self):
-        if hasattr(self, "cache"):
-            self.cache.close()
+        if not hasattr(self, "cache"):
+            return
+        if self.kind == "virtual":
+            self.driver.hold_fences(False)
+        self.cache.close()
+        if self.kind == "virtual":
+            counters = self.driver.counters()
+            assert counters["create_calls"] == counters["destroy_calls"]
 
     def one_live(self):
         return st.sampled_from(sorted(self.tokens))
