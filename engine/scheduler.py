@@ -183,18 +183,17 @@ class Scheduler:
     def _batch(self) -> ScheduledBatch:
         scheduled = self._scheduled
         parts: list[ScheduledGroup] = []
+        all_seqs: list[Sequence] = []
+        all_counts: list[int] = []
         for group in self.running:
             seqs = [seq for seq in group.active if seq.seq_id in scheduled]
             if seqs:
                 counts = [scheduled[seq.seq_id] for seq in seqs]
                 parts.append(ScheduledGroup(group, seqs, counts))
+                all_seqs += seqs
+                all_counts += counts
         failed, self._failed = self._failed, []
-        return ScheduledBatch(
-            parts,
-            [seq for part in parts for seq in part.seqs],
-            [count for part in parts for count in part.num_new_tokens],
-            failed,
-        )
+        return ScheduledBatch(parts, all_seqs, all_counts, failed)
 
     def _schedule_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
         self._scheduled[seq.seq_id] = num_new_tokens
