@@ -376,7 +376,7 @@ def test_a_common_prefix_is_in_memory_once(make_engine: Any) -> None:
     tail = 9 * engine.backend.config.token_bytes
     page = engine.kv_stats().page_bytes
     assert peaks[12] - peaks[1] <= 11 * (tail + 2 * page)
-    assert peaks[1] * 3 > peaks[12]
+    assert peaks[12] < 4 * peaks[1]
 
 
 def test_structured_beams_and_samples_keep_their_form(make_engine: Any) -> None:
