@@ -179,6 +179,39 @@ void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
   }
 }
 
+void KVArena::swap_out_held() {
+  Lock lock = enter();
+  wait_landed(lock);
+  for (auto& [id, group] : swapped_) {
+    for (std::size_t i = 0; i < group.held.size(); ++i) {
+      const PageId page = group.held[i];
+      if (page == kNoPage || pool_.num_live(page) > 0 || pinned_.count(page) != 0) continue;
+      if (!copy_held(&group, i)) return;
+    }
+  }
+}
+
+/// Turn a page that the group holds into a copy; false if there is no space for it.
+bool KVArena::copy_held(SwappedGroup* group, std::size_t idx) {
+  if (totals_.swapped_bytes + totals_.page_bytes > config_.swap_bytes) return false;
+  std::unique_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
+  if (copy == nullptr) return false;
+  driver_->read_page(pool_.handle(group->held[idx]), copy.get());
+  for (SwappedSlot& slot : group->slots) {
+    for (std::vector<SwappedPage>& region : slot.regions) {
+      for (SwappedPage& page : region) {
+        if (page.is_held && page.idx == idx) page = {false, group->copies.size()};
+      }
+    }
+  }
+  group->copies.push_back(std::move(copy));
+  ++group->num_copies;
+  totals_.swapped_bytes += totals_.page_bytes;
+  ++totals_.swap_out_pages;
+  drop_held(group, idx);
+  return true;
+}
+
 void KVArena::drop_held(SwappedGroup* group, std::size_t idx) {
   if (group->held[idx] == kNoPage) return;
   pool_.unhold(group->held[idx]);
