@@ -24,7 +24,7 @@ from .llm import LLM
 from .llm_engine import LLMEngine
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-from .scheduler import SchedulerStats
+from .schedule import SchedulerStats
 
 __all__ = [
     "LLM",

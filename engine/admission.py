@@ -56,10 +56,6 @@ class WaitingGroups:
         queue = self.swapped if group.status is GroupStatus.SWAPPED else self.waiting
         insort(queue, group, key=_rank)
 
-    def remove(self, group: SequenceGroup) -> None:
-        """Take one group off its queue."""
-        (self.swapped if group.status is GroupStatus.SWAPPED else self.waiting).remove(group)
-
     def remove_finished(self) -> None:
         """Take ended groups off the queues."""
         self.waiting = [group for group in self.waiting if not group.is_finished]

@@ -15,7 +15,8 @@ from .beam_decoding import advance_beams
 from .logprobs import prompt_logprobs
 from .outputs import Logprob
 from .sampler import SampledTokens, sample, score_beams
-from .scheduler import ScheduledBatch, ScheduledGroup, Scheduler
+from .schedule import ScheduledBatch, ScheduledGroup
+from .scheduler import Scheduler
 from .sequence import Sequence
 from .sequence_group import SequenceGroup
 from .stop import check_stop, complete_text
@@ -119,14 +120,15 @@ class Generation:
         for part in batch.groups:
             rows = []
             for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
-                is_end = seq.num_uncomputed_tokens == num_new_tokens
-                num_rows = num_new_tokens if idx in all_rows else int(is_end)
-                if idx in all_rows:
+                is_end = len(seq.token_ids) - seq.num_computed_tokens == num_new_tokens
+                num_rows = 1 if is_end else 0
+                if all_rows and idx in all_rows:
+                    num_rows = num_new_tokens
                     entries = _prompt_scores(part.group, seq, logits[row : row + num_rows])
                     scored.append((part.group, entries))
-                if is_end:
-                    rows.append(row + num_rows - 1)
                 idx, row = idx + 1, row + num_rows
+                if is_end:
+                    rows.append(row - 1)
             if rows:
                 self._note_ends(part, rows, ends)
         return ends, scored
@@ -190,10 +192,13 @@ class Generation:
         for group in groups:
             if group.params.max_tokens == 0 and group.root.num_uncomputed_tokens == 0:
                 group.finish("length")
+            has_ended = group.is_finished
             for seq in group.active:
-                if not seq.is_finished and seq.num_uncomputed_tokens == 0:
+                if seq.finish_reason is not None:
+                    has_ended = True
+                elif len(seq.token_ids) == seq.num_computed_tokens:
                     seq.num_computed_tokens -= 1
-            if group.is_finished or any(seq.is_finished for seq in group.active):
+            if has_ended:
                 changed.append(group)
         if changed:
             self._scheduler.release(changed)

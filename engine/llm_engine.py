@@ -29,7 +29,8 @@ from .probe import probe_model
 from .reporting import report
 from .request_reader import Prompt, RequestReader
 from .sampling_params import SamplingParams
-from .scheduler import ScheduledBatch, Scheduler, SchedulerStats
+from .schedule import ScheduledBatch, SchedulerStats
+from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .admission import Admission, WaitingGroups
 from .group_memory import GroupMemory
 from .preemption import Preemptor, choose_victim
 from .preemption_cost import PreemptionCost
+from .schedule import ScheduledBatch, ScheduledGroup, SchedulerStats
 from .sequence import Sequence
 from .sequence_group import GroupStatus, SequenceGroup
 
@@ -24,54 +24,6 @@ if TYPE_CHECKING:
 
 MAX_STALLS = 8
 """Empty steps in a row after which waiting for pages is given up."""
-
-
-@dataclass(slots=True)
-class ScheduledGroup:
-    """A group's part in a step: some of its sequences, and the tokens each of them computes."""
-
-    group: SequenceGroup
-    seqs: list[Sequence]
-    num_new_tokens: list[int]
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """What one step computes.
-
-    Attributes:
-        groups: groups that have a part in it, in order.
-        seqs: sequences in the packed batch, in order; those of a group stand together.
-        num_new_tokens: tokens each of them computes; their rows are backed.
-        failed: groups that ended here, or in a call that raised, as their KV can never fit.
-    """
-
-    groups: list[ScheduledGroup]
-    seqs: list[Sequence]
-    num_new_tokens: list[int]
-    failed: list[SequenceGroup]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Queues and counters. Groups are requests; a group of ``n=4`` has four sequences.
-
-    Attributes:
-        num_waiting, num_running, num_swapped: groups in each queue.
-        num_running_seqs: unfinished sequences of the running groups.
-        preempt_swap, preempt_recompute: groups preempted so far, by kind.
-        preempted_tokens: computed tokens that were dropped, to be computed again.
-        swapped_bytes: bytes copied to host memory so far.
-    """
-
-    num_waiting: int
-    num_running: int
-    num_swapped: int
-    num_running_seqs: int
-    preempt_swap: int
-    preempt_recompute: int
-    preempted_tokens: int
-    swapped_bytes: int
 
 
 class Scheduler:
@@ -212,10 +164,10 @@ class Scheduler:
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take the KV of a running group, by swap or recompute; it comes back when it can."""
-        self.running.remove(group)
         for seq in group.active:
             self._budget += self._scheduled.pop(seq.seq_id, 0)
         self._preemptor.preempt(group)
+        self.running.remove(group)
         self._queue.add(group)
 
     def preempt_all(self) -> None:
@@ -224,25 +176,24 @@ class Scheduler:
             if group.status is GroupStatus.SWAPPED:
                 self._drop_swapped(group)
             else:
-                self.running.remove(group)
                 self._preemptor.drop(group)
+                self.running.remove(group)
                 self._queue.add(group)
 
     def _batch(self) -> ScheduledBatch:
         scheduled = self._scheduled
         parts: list[ScheduledGroup] = []
+        all_seqs: list[Sequence] = []
+        all_counts: list[int] = []
         for group in self.running:
             seqs = [seq for seq in group.active if seq.seq_id in scheduled]
             if seqs:
                 counts = [scheduled[seq.seq_id] for seq in seqs]
                 parts.append(ScheduledGroup(group, seqs, counts))
+                all_seqs += seqs
+                all_counts += counts
         failed, self._failed = self._failed, []
-        return ScheduledBatch(
-            parts,
-            [seq for part in parts for seq in part.seqs],
-            [count for part in parts for count in part.num_new_tokens],
-            failed,
-        )
+        return ScheduledBatch(parts, all_seqs, all_counts, failed)
 
     def _schedule_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
         self._scheduled[seq.seq_id] = num_new_tokens
@@ -318,8 +269,8 @@ class Scheduler:
 
     def _drop_swapped(self, group: SequenceGroup) -> None:
         """Give up the copy of a swapped-out group; it waits to be computed again."""
-        self._queue.remove(group)
         self._preemptor.drop(group)
+        self.swapped.remove(group)
         self._queue.add(group)
 
     def _admit(self) -> None:
@@ -333,7 +284,7 @@ class Scheduler:
                 if not self._try_return(group):
                     break
             elif self._admission.never_fits(group):
-                self._queue.remove(group)
+                self.waiting.remove(group)
                 self._fail(group, "does not fit the KV cache")
                 num_seats -= group.num_seats
             elif self._admission.waits_for_prefix(group, prefills):
@@ -353,11 +304,11 @@ class Scheduler:
             if self.swapped:
                 self._drop_swapped(self.swapped[-1])
                 return False
-            self._queue.remove(group)
+            self.waiting.remove(group)
             self._fail(group, "found no KV memory although nothing runs")
             self._num_stalls = 0
             return True
-        self._queue.remove(group)
+        self.waiting.remove(group)
         group.status = GroupStatus.RUNNING
         self.running.append(group)
         seq = next(seq for seq in group.active if seq.has_kv)
@@ -369,12 +320,11 @@ class Scheduler:
         """Bring a swapped-out group back, and let it run at once if it can."""
         if self.running and not self._admission.has_room_to_return(group, self._num_running_seqs()):
             return False
-        self._queue.remove(group)
         if not self._preemptor.try_return(group):
-            self._queue.add(group)
             if not self.running and self._num_stalls >= MAX_STALLS:
                 self._drop_swapped(self.swapped[-1])
             return False
+        self.swapped.remove(group)
         self.running.append(group)
         if (
             len(group.active) <= self._budget
@@ -390,18 +340,19 @@ class Scheduler:
         return sum(len(group.active) for group in self.running)
 
     def _fail(self, group: SequenceGroup, what: str) -> None:
-        num_tokens = max(seq.num_tokens for seq in group.active)
+        size = f"{max(seq.num_tokens for seq in group.active)} tokens"
         num_seqs = len(group.active) if group.is_expanded else group.width
-        of = "" if num_seqs == 1 else f"in each of {num_seqs} sequences "
+        if num_seqs > 1:
+            size += f" in each of {num_seqs} sequences"
         error = (
-            f"request {group.request_id} {what}: it has {num_tokens} tokens {of}, and the cap of "
+            f"request {group.request_id} {what}: it has {size}, and the cap of "
             f"{self._backend.stats().capacity_bytes} bytes holds {self._backend.max_seq_tokens()} "
             "of one sequence"
-        ).replace(" ,", ",")
+        )
         group.finish("error", error)
+        self._failed.append(group)
         self._memory.free(group)
         group.status = GroupStatus.FINISHED
-        self._failed.append(group)
 
     def _prefetch(self, group: SequenceGroup) -> None:
         self._backend.prefetch(min(group.root.num_tokens, self._max_num_batched_tokens))

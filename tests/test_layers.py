@@ -119,7 +119,13 @@ def test_help_loads_no_torch():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("name", ["scheduler", "sequence"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scheduler", "schedule", "admission", "preemption", "preemption_cost"),
+        *("group_memory", "sequence_group", "sequence"),
+    ],
+)
 def test_scheduling_imports_no_torch(name):
     modules = set(imported_modules(ROOT / "engine" / f"{name}.py"))
     assert not any(module.split(".")[0] == "torch" for module in modules)

@@ -13,6 +13,7 @@ import pytest
 import vmalloc.engine.generation as generation
 from tests.engine.running import PAGE, all_tokens, run_out, step, token_ids
 from vmalloc.engine import ConfigError, LLMEngine, SamplingParams, VmallocError
+from vmalloc.engine.preemption_cost import FIRST_PREFILL_SECONDS, FIRST_SWAP_BANDWIDTH
 
 PROMPT = [5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12, 8, 54]
 
@@ -200,6 +201,93 @@ def test_each_preemption_is_one_line_and_one_count(
     else:
         dropped = sum(int(line.split("recompute, ")[1].split(" computed")[0]) for line in lines)
         assert dropped == stats.preempted_tokens > 0
+
+
+@pytest.mark.parametrize("is_copying_cheap", [False, True])
+def test_auto_takes_what_costs_less_time(is_copying_cheap: bool, make_engine: Any) -> None:
+    engine = make_engine(preemption_mode="auto", swap_space_bytes=100 * PAGE)
+    engine.add_request("0", PROMPT, sampled(2))
+    for _ in range(4):
+        step(engine, {})
+    cost = engine.scheduler.cost
+    cost.prefill_seconds, cost.swap_bandwidth = 1e-3, 1e12 if is_copying_cheap else 1.0
+    engine.scheduler.preempt(engine._requests["0"])
+    stats = engine.stats()
+    assert (stats.preempt_swap, stats.preempt_recompute) == ((1, 0) if is_copying_cheap else (0, 1))
+    run_out(engine)
+
+
+def test_steps_and_copies_are_measured(make_engine: Any) -> None:
+    engine = make_engine(preemption_mode="swap")
+    cost = engine.scheduler.cost
+    assert (cost.prefill_seconds, cost.swap_bandwidth) == (
+        FIRST_PREFILL_SECONDS,
+        FIRST_SWAP_BANDWIDTH,
+    )
+    engine.add_request("0", PROMPT, sampled(2))
+    step(engine, {})
+    assert cost.prefill_seconds != FIRST_PREFILL_SECONDS
+    engine.scheduler.preempt(engine._requests["0"])
+    assert cost.swap_bandwidth != FIRST_SWAP_BANDWIDTH
+    run_out(engine)
+
+
+@pytest.mark.parametrize("policy", ["on_demand", "max_length", "power_of_two", "oracle"])
+def test_a_commit_policy_changes_memory_and_no_output(policy: str, make_engine: Any) -> None:
+    answers = []
+    for settings in ({}, {"commit_policy": policy, "kv_cache_memory_bytes": 80 * PAGE}):
+        engine = make_engine(**{"kv_backend": "virtual", **settings})
+        engine.add_request("a", PROMPT, sampled(3))
+        engine.add_request("b", PROMPT[:4], beams(2))
+        engine.add_request("c", PROMPT[::-1], sampled(1))
+        answers.append(all_tokens(run_out(engine)))
+    assert answers[0] == answers[1]
+
+
+class TestBrokenBackend:
+    """A call of the backend that raises loses no request."""
+
+    @pytest.mark.parametrize(
+        ("name", "at"),
+        [
+            *((name, 0) for name in ("try_swap_out", "try_swap_in", "try_admit", "match_prefix")),
+            *(("try_fork", at) for at in (0, 1)),
+            *(("try_extend", at) for at in (0, 1, 5)),
+            *(("try_reorder", at) for at in (0, 3)),
+            *(("register_tokens", at) for at in (0, 1, 2)),
+            *(("batch_view", at) for at in (0, 4)),
+            *(("stats", at) for at in (0, 1)),
+        ],
+    )
+    def test_the_next_step_goes_on(
+        self, name: str, at: int, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = []
+        for is_broken in (False, True):
+            engine = make_engine(
+                kv_cache_memory_bytes=26 * PAGE,
+                swap_space_bytes=40 * PAGE,
+                preemption_mode="swap",
+                max_num_batched_tokens=20,
+            )
+            original, calls = getattr(engine.backend, name), iter(range(10**6))
+
+            def breaks(*args: Any, original: Any = original, calls: Any = calls) -> Any:
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            for idx in range(3):
+                params = beams(3) if idx == 1 else sampled(3, seed=idx)
+                engine.add_request(str(idx), [*PROMPT, *PROMPT, idx], params)
+            finished: dict[str, Any] = {}
+            if is_broken:
+                monkeypatch.setattr(engine.backend, name, breaks)
+                with pytest.raises(KeyboardInterrupt):
+                    run_out(engine, finished)
+                engine.backend.check_invariants()
+            answers.append(all_tokens(run_out(engine, finished)))
+        assert answers[0] == answers[1]
 
 
 class TestSleep:

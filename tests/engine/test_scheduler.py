@@ -12,7 +12,8 @@ import pytest
 
 from vmalloc.backend import Reservation, SequenceGroupSpec, Step
 from vmalloc.engine.sampling_params import SamplingParams
-from vmalloc.engine.scheduler import MAX_STALLS, ScheduledBatch, Scheduler
+from vmalloc.engine.schedule import ScheduledBatch
+from vmalloc.engine.scheduler import MAX_STALLS, Scheduler
 from vmalloc.engine.sequence import Sequence
 from vmalloc.engine.sequence_group import GroupStatus, SequenceGroup
 
@@ -141,7 +142,7 @@ def run_all(scheduler: Scheduler, backend: CountingBackend, max_steps: int = 500
 
 def test_scheduler_imports_no_torch() -> None:
     for name in (
-        *("scheduler.py", "admission.py", "preemption.py", "preemption_cost.py"),
+        *("scheduler.py", "schedule.py", "admission.py", "preemption.py", "preemption_cost.py"),
         *("group_memory.py", "sequence_group.py", "sequence.py"),
         *("outputs.py", "sampling_params.py", "config.py"),
     ):
