@@ -374,6 +374,9 @@ class VirtualKVCache:
         raw = self._arena.stats()
         if raw["committed_pages"] > raw["max_pages"]:
             return False  # after a resize to less: they could not come back
+        num_to_copy = raw["committed_pages"] - self._prefixes.index.stats().pinned_pages
+        if num_to_copy * raw["page_bytes"] > self._config.swap_bytes - raw["swapped_bytes"]:
+            return False
         if live:
             self._sleeping = self._swap_out(live)
             if self._sleeping is None:
