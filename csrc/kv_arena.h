@@ -233,7 +233,8 @@ class KVArena {
   void unshare(std::uint32_t slot);
   [[nodiscard]] bool try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first);
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
-  [[nodiscard]] bool copy_held(SwappedGroup* group, std::size_t idx);
+  [[nodiscard]] std::shared_ptr<char[]> copy_page_out(PageId page) const;
+  void hold_copy(SwappedGroup* group, std::size_t idx, std::shared_ptr<char[]> copy);
   void drop_held(SwappedGroup* group, std::size_t idx);
   void drop_copy(SwappedGroup* group, std::size_t idx);
   [[nodiscard]] SwappedGroup pack_group(const Slots& slots, std::vector<PageId>* copied) const;
