@@ -276,12 +276,12 @@ std::uint32_t KVArena::take_clean_slot() {
     const Slot& entry = slots_[slot];
     if (entry.in_flight) return true;
     const bool was_warm = num_mapped(entry) > 0;
+    if (was_warm && entry.last_use > completed_) return true;  // a kernel may still read it
     if (was_warm) drop_tail(slot, 0, SIZE_MAX);
     const bool is_clean = std::all_of(entry.regions.begin(), entry.regions.end(),
                                       [](const SlotPages& mapped) { return mapped.pages.empty(); });
     if (is_clean) found = slot;
-    // One warm slot at most is given up: if a kernel may still read it, so it may all of them.
-    return !is_clean && !was_warm;
+    return !is_clean && !was_warm;  // one warm slot at most is given up
   });
   if (found == kNoSlot) return kNoSlot;
   idle_.erase(found);

@@ -255,6 +255,17 @@ class TestSlots:
         assert arena.try_admit(1, 8) is not None
         arena.check_invariants()
 
+    def test_a_fork_empties_a_parked_slot_that_no_kernel_reads_however_full(self):
+        arena = make_arena(num_slots=4, max_pages=32)
+        parent, small, large = (admit(arena, rows) for rows in (24, 8, 24))
+        warm = admit(arena, 8)
+        free(arena, large)  # parked with three pages before the step
+        step = arena.begin_step()
+        free(arena, small, warm)  # with one page each in the step, whose kernels may read them
+        assert arena.try_fork(parent, 1, 24) == [large]
+        arena.end_step(step)
+        arena.check_invariants()
+
     def test_reserved_rows_stay_backed(self, arena):
         (slot,) = arena.try_admit(1, 4, 64)
         assert pages(arena)[:2] == (8, 0)
