@@ -22,6 +22,7 @@ from vmalloc.engine import EngineConfig, LLMEngine
 
 VOCAB_SIZE = 97
 CONTEXT = 160
+LONG_CONTEXT = 640
 NUM_PROMPTS = 16
 NUM_NEW_TOKENS = 12
 WINDOW = 8  # far below the prompts' lengths, so that it matters
@@ -45,7 +46,17 @@ _ODD = {
     "hidden_size": 240,
     "num_attention_heads": 6,
     "head_dim": 40,
+    "max_position_embeddings": LONG_CONTEXT,
     "initializer_range": 0.15,
+}
+# A token stores 1,024 bytes: four of them fill a page.
+_POWER_OF_TWO = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": LONG_CONTEXT,
 }
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
@@ -91,6 +102,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**_COMMON),
     "llama-5x3x40": lambda: hf.LlamaConfig(**{**_COMMON, **_ODD}),
+    "llama-4x2x16": lambda: hf.LlamaConfig(**{**_COMMON, **_POWER_OF_TWO}),
     "qwen2": lambda: hf.Qwen2Config(**_COMMON),
     "qwen3": lambda: hf.Qwen3Config(**_COMMON, head_dim=16),
     "mistral": lambda: hf.MistralConfig(**_COMMON, sliding_window=WINDOW),
