@@ -24,11 +24,11 @@ from .stop import check_stop, complete_text
 
 def scored_prompts(batch: ScheduledBatch) -> frozenset[int]:
     """Places in ``batch.seqs`` of prompts whose own tokens are to be scored, so at every row."""
+    groups = [part.group for part in batch.groups if part.group.prompt_logprobs is not None]
     wanted = {
-        part.group.root.seq_id
-        for part in batch.groups
-        if part.group.prompt_logprobs is not None
-        and len(part.group.prompt_logprobs) < len(part.group.prompt_token_ids)
+        group.root.seq_id
+        for group in groups
+        if len(group.prompt_logprobs or ()) < len(group.prompt_token_ids)
     }
     if not wanted:
         return frozenset()
@@ -100,7 +100,7 @@ class Generation:
                 assert group.prompt_logprobs is not None
                 group.prompt_logprobs.extend(entries)
             for group in ends.groups:
-                if group.metrics.first_token_time is None and group.params.max_tokens != 0:
+                if group.metrics.first_token_time is None and group.root.max_tokens != 0:
                     group.metrics.first_token_time = now
             if sampled is not None:
                 self._append_all(ends, sampled)
@@ -118,7 +118,7 @@ class Generation:
         ends, scored = _Ends(), _Scored()
         all_rows, idx, row = scored_prompts(batch), 0, 0
         for part in batch.groups:
-            rows = []
+            rows: list[int] = []
             for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
                 is_end = len(seq.token_ids) - seq.num_computed_tokens == num_new_tokens
                 num_rows = 1 if is_end else 0
@@ -136,7 +136,7 @@ class Generation:
     def _note_ends(self, part: ScheduledGroup, rows: list[int], ends: _Ends) -> None:
         group, seqs = part.group, part.seqs
         ends.groups.append(group)
-        if group.params.max_tokens == 0:  # only its prompt was asked for
+        if seqs[0].max_tokens == 0:  # only its prompt was asked for
             return
         if not group.is_expanded:
             group.expand(self._new_seq_id)
@@ -190,7 +190,7 @@ class Generation:
         """Release what ended; let the last token of what got none be computed again."""
         changed = []
         for group in groups:
-            if group.params.max_tokens == 0 and group.root.num_uncomputed_tokens == 0:
+            if group.root.max_tokens == 0 and group.root.num_uncomputed_tokens == 0:
                 group.finish("length")
             has_ended = group.is_finished
             for seq in group.active:

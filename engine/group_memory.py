@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceABC
 from typing import TYPE_CHECKING
 
 from ..backend import PrefixHit, SequenceGroupSpec
+from .schedule import ScheduledGroup
 from .sequence import Sequence
 from .sequence_group import GroupStatus, SequenceGroup, common_prefix
 
@@ -99,11 +100,12 @@ class GroupMemory:
             seq.num_rows = total
         return True
 
-    def note_computed(self, group: SequenceGroup, seq: Sequence, num_new_tokens: int) -> None:
-        """Note that a step computed these tokens of ``seq``; others may share them."""
-        seq.num_computed_tokens += num_new_tokens
-        if num_new_tokens > 1 or seq.num_computed_tokens % self.share_tokens == 0:
-            self._register(group, seq)
+    def note_computed(self, part: ScheduledGroup) -> None:
+        """Note that a step computed a group's part of it; others may share the tokens."""
+        for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
+            seq.num_computed_tokens += num_new_tokens
+            if num_new_tokens > 1 or seq.num_computed_tokens % self.share_tokens == 0:
+                self._register(part.group, seq)
 
     def free(self, group: SequenceGroup) -> None:
         """Give back all KV of a group, swapped out or not."""

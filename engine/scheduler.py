@@ -121,8 +121,7 @@ class Scheduler:
         self._scheduled = {}
         self._budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
-        self._schedule_decodes()
-        self._schedule_prefills()
+        self._schedule_prefills(self._schedule_decodes())
         if self._queue and self.num_preemptions == num_preemptions:
             self._admit()
         batch = self._batch()
@@ -137,11 +136,9 @@ class Scheduler:
     def complete(self, batch: ScheduledBatch) -> None:
         """Note that a step computed its tokens."""
         for part in batch.groups:
-            group = part.group
-            for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
-                self._memory.note_computed(group, seq, num_new_tokens)
-            if group.is_shielded and part.seqs[0].num_uncomputed_tokens == 0:
-                group.is_shielded = False
+            self._memory.note_computed(part)
+            if part.group.is_shielded and part.seqs[0].num_uncomputed_tokens == 0:
+                part.group.is_shielded = False
 
     def release(self, groups: list[SequenceGroup]) -> None:
         """Free the KV of ended sequences, and take ended groups off the queues."""
@@ -199,31 +196,38 @@ class Scheduler:
         self._scheduled[seq.seq_id] = num_new_tokens
         self._budget -= num_new_tokens
 
-    def _schedule_decodes(self) -> None:
+    def _schedule_decodes(self) -> list[SequenceGroup]:
+        """Schedule the groups that decode; the other running ones."""
         for group in [group for group in self.running if group.needs_kv_change]:
             while group.status is GroupStatus.RUNNING and not self._memory.try_prepare(group):
                 if self._can_wait():
                     break
                 self._evict()
-        ready = [group for group in self.running if group.is_decoding]
+        ready: list[SequenceGroup] = []
+        others: list[SequenceGroup] = []
+        for group in self.running:
+            (ready if group.is_decoding else others).append(group)
         while ready and not self._try_decode(ready):
             if self._can_wait():
                 ready = [group for group in ready if self._try_decode([group])]
                 break
             self._evict()
             ready = [group for group in ready if group.status is GroupStatus.RUNNING]
-        for group in ready:
+        self._schedule_one_each(ready)
+        return others
+
+    def _schedule_one_each(self, groups: list[SequenceGroup]) -> None:
+        for group in groups:
             for seq in group.active:
-                self._schedule_tokens(seq, 1)
+                self._scheduled[seq.seq_id] = 1
+            self._budget -= len(group.active)
 
     def _try_decode(self, groups: list[SequenceGroup]) -> bool:
         seqs = [seq for group in groups for seq in group.active]
         return self._memory.try_extend(seqs, [len(seq.token_ids) for seq in seqs])
 
-    def _schedule_prefills(self) -> None:
-        groups = [group for group in self.running if not group.is_decoding]
-        groups.sort(key=lambda group: group.rank)
-        for group in groups:
+    def _schedule_prefills(self, groups: list[SequenceGroup]) -> None:
+        for group in sorted(groups, key=lambda group: group.rank):
             for seq in list(group.active):
                 while (
                     group.status is GroupStatus.RUNNING
@@ -332,8 +336,7 @@ class Scheduler:
             and group.is_decoding
             and self._try_decode([group])
         ):
-            for seq in group.active:
-                self._schedule_tokens(seq, 1)
+            self._schedule_one_each([group])
         return True
 
     def _num_running_seqs(self) -> int:

@@ -142,9 +142,9 @@ class SequenceGroup:
     @property
     def needs_kv_change(self) -> bool:
         """Whether a fork or a reorder must come before its next decode."""
-        if self.pending_parents is not None:
-            return True
-        return len(self.seqs) > 1 and any(not seq.has_kv for seq in self.active)
+        if len(self.seqs) == 1:
+            return False
+        return self.pending_parents is not None or any(not seq.has_kv for seq in self.active)
 
     def prefill_goal(self, seq: Sequence) -> int:
         """Tokens of ``seq`` to compute before the group decodes; with it, where it is alone."""

@@ -364,6 +364,21 @@ def test_requests_that_arrive_together_compute_a_common_prefix_once(make_engine:
     assert engine.stats().num_waiting == 0
 
 
+def test_a_common_prefix_is_in_memory_once(make_engine: Any) -> None:
+    common = PROMPT * 8
+    peaks = {}
+    for count in (1, 12):
+        engine = make_engine(block_size=4, commit_ahead_tokens=0, max_num_batched_tokens=200)
+        for idx in range(count):
+            engine.add_request(str(idx), [*common, idx], sampled(n=1, max_tokens=8))
+        run_out(engine)
+        peaks[count] = engine.kv_stats().peak_committed_bytes
+    tail = 9 * engine.backend.config.token_bytes
+    page = engine.kv_stats().page_bytes
+    assert peaks[12] - peaks[1] <= 11 * (tail + 2 * page)
+    assert peaks[12] < 4 * peaks[1]
+
+
 def test_structured_beams_and_samples_keep_their_form(make_engine: Any) -> None:
     from vmalloc.engine import LLM
 

@@ -123,6 +123,36 @@ def test_streamed_pieces_add_up_to_the_whole(llm: LLM) -> None:
         assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
 
 
+def test_streamed_pieces_of_several_completions_add_up(llm: LLM) -> None:
+    pieces: dict[tuple[str, int], str] = {}
+
+    def note(output: Any) -> None:
+        for completion in output.outputs:
+            key = (output.request_id, completion.index)
+            pieces[key] = pieces.get(key, "") + completion.text
+
+    params = [
+        SamplingParams(n=3, seed=3, max_tokens=30, logprobs=0),
+        SamplingParams(n=2, use_beam_search=True, temperature=0.0, max_tokens=12),
+        SamplingParams(n=2, best_of=4, seed=5, max_tokens=12),
+    ]
+    streamed = llm.generate(TEXTS[:3], params, use_tqdm=False, on_token=note)
+    whole = llm.generate(TEXTS[:3], params, use_tqdm=False)
+    for output, expected in zip(streamed, whole, strict=True):
+        assert output.outputs == expected.outputs
+        for completion in output.outputs:
+            assert completion.text == pieces[output.request_id, completion.index]
+    assert len({completion.text for completion in whole[0].outputs}) == 3
+
+
+def test_priorities_come_one_for_each_prompt(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="1 entries for 2 prompts"):
+        llm.generate(["a", "b"], FREE, use_tqdm=False, priority=[1])
+    with pytest.raises(ConfigError, match="scheduling_policy"):
+        llm.generate(["a", "b"], FREE, use_tqdm=False, priority=[1, 2])
+    assert not llm.engine.has_unfinished_requests()
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("keeps_stop", [False, True])
 def test_a_stop_string_ends_the_text_and_is_never_shown_before(

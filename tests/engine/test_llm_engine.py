@@ -295,7 +295,11 @@ def test_a_bad_request_takes_nothing(
     [
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'.*float32"),
-        ({"kv_backend": "paged"}, "paged"),
+        ({"kv_backend": "paged", "block_size": 0}, "block_size is 0"),
+        ({"preemption_mode": "drop"}, "preemption_mode is 'drop'.*recompute"),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy is 'lifo'.*priority"),
+        ({"commit_policy": "all"}, "commit_policy is 'all'.*oracle"),
+        ({"swap_space_bytes": -1}, "swap_space_bytes is -1"),
         ({"kv_backend": "magic"}, "magic"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_seqs": 32, "max_num_batched_tokens": 16}, "max_num_batched_tokens is 16.*32"),

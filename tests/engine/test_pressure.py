@@ -203,6 +203,63 @@ def test_each_preemption_is_one_line_and_one_count(
         assert dropped == stats.preempted_tokens > 0
 
 
+def test_what_a_swapped_group_still_holds_is_freed_before_the_last_one_fails(
+    make_engine: Any,
+) -> None:
+    engine = make_engine(preemption_mode="swap", block_size=4, swap_space_bytes=100 * PAGE)
+    common = PROMPT * 5 + PROMPT[:5]
+    engine.add_request("grows", [1], sampled(1, max_tokens=60))
+    engine.add_request("goes", common, sampled(1, max_tokens=30))
+    engine.add_request("swapped", [*common, 7], sampled(1, max_tokens=4))
+    finished: dict[str, Any] = {}
+    while engine.stats().num_running < 3:
+        step(engine, finished)
+    assert engine._requests["swapped"].num_cached_tokens > 0
+    engine.scheduler.preempt(engine._requests["swapped"])
+    engine.abort_request("goes")  # now the shared pages are those of the swapped one alone
+    engine.resize_kv_cache(12 * PAGE)
+    outputs = run_out(engine, finished)
+    assert [output.error for output in outputs.values()] == [None, None]
+    assert list(outputs) == ["grows", "swapped"]
+
+
+def test_rows_that_were_never_computed_are_not_copied(make_engine: Any) -> None:
+    engine = make_engine(preemption_mode="swap", max_num_batched_tokens=16, block_size=4)
+    engine.add_request("0", PROMPT * 5, sampled(1))
+    step(engine, {})
+    (group,) = engine.scheduler.running
+    engine.scheduler.schedule()  # backs 16 more rows for a step that does not come
+    assert (group.root.num_computed_tokens, group.root.num_rows) == (16, 32)
+    engine.scheduler.preempt(group)
+    # 16 rows of 576 bytes, in whole pages.
+    assert 16 * 576 <= engine.stats().swapped_bytes < 16 * 576 + PAGE
+    assert run_out(engine)["0"].error is None
+
+
+@pytest.mark.parametrize("prompt", [[5], PROMPT], ids=len)
+def test_a_group_that_chose_nothing_yet_starts_anew(
+    prompt: list[int], make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    answers = []
+    for is_interrupted in (False, True):
+        engine = make_engine(preemption_mode="recompute")
+        engine.add_request("a", prompt, sampled(3))
+        if is_interrupted:
+            with monkeypatch.context() as patch:
+                patch.setattr(generation, "sample", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+            (group,) = engine.scheduler.running
+            assert len(group.seqs) == 3
+            engine.scheduler.preempt(group)
+            assert len(group.seqs) == 1
+        answers.append(all_tokens(run_out(engine)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("is_copying_cheap", [False, True])
 def test_auto_takes_what_costs_less_time(is_copying_cheap: bool, make_engine: Any) -> None:
     engine = make_engine(preemption_mode="auto", swap_space_bytes=100 * PAGE)

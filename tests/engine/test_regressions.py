@@ -180,7 +180,7 @@ def test_the_printer_changes_no_character(text: str) -> None:
     stdout = io.StringIO()
     with redirect_stdout(stdout):
         printer = cli.TextPrinter([text])
-        completion = SimpleNamespace(text=text)
+        completion = SimpleNamespace(index=0, text=text, is_finished=True)
         output: Any = SimpleNamespace(request_id="0", outputs=[completion], is_finished=True)
         printer.add(output)
     assert stdout.getvalue() == text + text + "\n\n"
