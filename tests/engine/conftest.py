@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tests.engine.running import PAGE
+from tests.engine.running import PAGE, assert_no_page_is_lost
 from vmalloc.engine import EngineConfig, LLMEngine
 
 VOCAB_SIZE = 97
@@ -222,7 +222,10 @@ def assert_logprobs_agree() -> Any:
 
 @pytest.fixture(params=["virtual", "paged"])
 def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEngine]]:
-    """``make_engine("llama", max_num_seqs=4)``: an engine over a tiny model, on each backend."""
+    """``make_engine("llama", max_num_seqs=4)``: an engine over a tiny model, on each backend.
+
+    At the end no page of an engine that has nothing to do may be missing.
+    """
     engines: list[LLMEngine] = []
 
     def make(name: str = "llama", **settings: Any) -> LLMEngine:
@@ -238,6 +241,8 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEng
 
     yield make
     for engine in engines:
+        if not (engine.has_unfinished_requests() or engine.is_asleep):
+            assert_no_page_is_lost(engine)
         engine.close()
 
 
