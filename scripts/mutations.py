@@ -86,6 +86,8 @@ class Scratch:
                 "CMAKE_MAKE_PROGRAM": ninja,
                 "Python_EXECUTABLE": sys.executable,
                 "pybind11_DIR": pybind11.strip(),
+                # Every mutation links once: without link-time optimisation that takes a second.
+                "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",
             }
             arguments = [f"-D{name}={value}" for name, value in settings.items()]
             failure = self._call(
@@ -215,6 +217,8 @@ def main(
         for mutation in chosen:
             progress.update(task, description=mutation.name)
             verdicts[mutation] = judge(scratch, mutation)
+            if not verdicts[mutation].is_noticed:
+                console.print(f"{mutation.name}: {verdicts[mutation].what}", markup=False)
             progress.advance(task)
     _show(verdicts)
     num_left = sum(not verdict.is_noticed for verdict in verdicts.values())
