@@ -138,6 +138,9 @@ class KVArena {
   /// Forget slot number `idx` of a group, and the group with its last one.
   void drop_swapped(std::uint64_t group, std::size_t idx);
 
+  /// Copy what swapped-out groups hold and no slot uses any more, as far as the swap space goes.
+  void swap_out_held();
+
   /// Keep cached pages from eviction; undone by unpin_pages.
   void pin_pages(const std::vector<PageId>& pages);
   void unpin_pages(const std::vector<PageId>& pages);
@@ -230,6 +233,8 @@ class KVArena {
   void unshare(std::uint32_t slot);
   [[nodiscard]] bool try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first);
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
+  [[nodiscard]] std::shared_ptr<char[]> copy_page_out(PageId page) const;
+  void hold_copy(SwappedGroup* group, std::size_t idx, std::shared_ptr<char[]> copy);
   void drop_held(SwappedGroup* group, std::size_t idx);
   void drop_copy(SwappedGroup* group, std::size_t idx);
   [[nodiscard]] SwappedGroup pack_group(const Slots& slots, std::vector<PageId>* copied) const;

@@ -18,9 +18,8 @@ std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
   const std::size_t num_bytes = copied.size() * totals_.page_bytes;
   if (totals_.swapped_bytes + num_bytes > config_.swap_bytes) return std::nullopt;
   for (const PageId page : copied) {
-    std::unique_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
+    std::shared_ptr<char[]> copy = copy_page_out(page);
     if (copy == nullptr) return std::nullopt;
-    driver_->read_page(pool_.handle(page), copy.get());
     group.copies.push_back(std::move(copy));
   }
   for (const PageId page : group.held) {
@@ -179,6 +178,48 @@ void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
   }
 }
 
+/// The page's contents in host memory; null if there is no memory for it.
+std::shared_ptr<char[]> KVArena::copy_page_out(PageId page) const {
+  std::shared_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
+  if (copy != nullptr) driver_->read_page(pool_.handle(page), copy.get());
+  return copy;
+}
+
+void KVArena::swap_out_held() {
+  Lock lock = enter();
+  wait_landed(lock);
+  std::map<PageId, std::shared_ptr<char[]>> copies;
+  for (auto& [id, group] : swapped_) {
+    for (std::size_t i = 0; i < group.held.size(); ++i) {
+      const PageId page = group.held[i];
+      if (page == kNoPage || pool_.num_live(page) > 0 || pinned_.count(page) != 0) continue;
+      std::shared_ptr<char[]>& copy = copies[page];
+      if (copy == nullptr) {
+        if (totals_.swapped_bytes + totals_.page_bytes > config_.swap_bytes) return;
+        copy = copy_page_out(page);
+        if (copy == nullptr) return;
+        totals_.swapped_bytes += totals_.page_bytes;
+        ++totals_.swap_out_pages;
+      }
+      hold_copy(&group, i, copy);
+    }
+  }
+}
+
+/// Let the group have a copy of a page instead of the page.
+void KVArena::hold_copy(SwappedGroup* group, std::size_t idx, std::shared_ptr<char[]> copy) {
+  for (SwappedSlot& slot : group->slots) {
+    for (std::vector<SwappedPage>& region : slot.regions) {
+      for (SwappedPage& page : region) {
+        if (page.is_held && page.idx == idx) page = {false, group->copies.size()};
+      }
+    }
+  }
+  group->copies.push_back(std::move(copy));
+  ++group->num_copies;
+  drop_held(group, idx);
+}
+
 void KVArena::drop_held(SwappedGroup* group, std::size_t idx) {
   if (group->held[idx] == kNoPage) return;
   pool_.unhold(group->held[idx]);
@@ -187,9 +228,9 @@ void KVArena::drop_held(SwappedGroup* group, std::size_t idx) {
 
 void KVArena::drop_copy(SwappedGroup* group, std::size_t idx) {
   if (group->copies[idx] == nullptr) return;
+  if (group->copies[idx].use_count() == 1) totals_.swapped_bytes -= totals_.page_bytes;
   group->copies[idx].reset();
   --group->num_copies;
-  totals_.swapped_bytes -= totals_.page_bytes;
 }
 
 std::map<std::uint64_t, SwappedGroup>::iterator KVArena::find_group(std::uint64_t id) {

@@ -244,6 +244,11 @@ bool PagePool::is_in_use(PageId page) const {
   return page < pages_.size() && pages_[page].num_in_use() > 0;
 }
 
+std::uint32_t PagePool::num_live(PageId page) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return page < pages_.size() ? pages_[page].live : 0;
+}
+
 std::uint32_t PagePool::num_users(PageId page) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return page < pages_.size() ? pages_[page].live + pages_[page].held : 0;

@@ -59,6 +59,7 @@ class PagePool {
   /// than the caller's live one (not counting retired ones), or than the caller's retired one.
   [[nodiscard]] bool is_shared(PageId page, bool is_retired) const;
   [[nodiscard]] bool is_in_use(PageId page) const;  ///< It has a reference that is not retired.
+  [[nodiscard]] std::uint32_t num_live(PageId page) const;
   /// Live and held references.
   [[nodiscard]] std::uint32_t num_users(PageId page) const;
 

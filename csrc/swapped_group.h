@@ -27,7 +27,8 @@ struct SwappedSlot {
 struct SwappedGroup {
   std::vector<SwappedSlot> slots;
   std::vector<PageId> held;  ///< one held reference each; kNoPage where no slot needs it any more
-  std::vector<std::unique_ptr<char[]>> copies;  ///< likewise null
+  /// Likewise null. Groups that held one page share the copy of it.
+  std::vector<std::shared_ptr<char[]>> copies;
   std::size_t num_copies = 0;
 };
 

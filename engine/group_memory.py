@@ -56,6 +56,7 @@ class GroupMemory:
         spec = SequenceGroupSpec(
             (seq.seq_id,),
             num_tokens=num_cached + min(goal - num_cached, budget),
+            prompt_tokens=seq.num_prompt_tokens,
             final_tokens=seq.num_prompt_tokens + seq.max_tokens,
             cache_salt=group.salt,
         )

@@ -30,6 +30,10 @@ ROOMS = {
 }
 CORE_IMPORTERS = {
     "vmalloc/kv_cache.py",
+    "vmalloc/slot_prefixes.py",
+    "vmalloc/slot_views.py",
+    "vmalloc/swapped_groups.py",
+    "vmalloc/virtual_stats.py",
     "vmalloc/host_info.py",
     "vmalloc/kernels/cpu.py",
 }

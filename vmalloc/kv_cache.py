@@ -8,14 +8,13 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from . import _core
 from .backend import (
@@ -30,18 +29,14 @@ from .backend import (
 from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
 from .errors import ConfigError
 from .layout import KVLayout, plan_layout
+from .reorder import plan_reorder
 from .reservation import reserved_tokens
 from .slot_prefixes import FoundPrefix, SlotPrefixes
+from .slot_views import SlotViews
+from .swapped_groups import SwappedGroup, SwappedGroups
+from .virtual_stats import virtual_stats
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _SwappedGroup:
-    """Sequences that went to host memory together; those freed since are None."""
-
-    group: int
-    seq_ids: list[int | None]
 
 
 class VirtualKVCache:
@@ -89,11 +84,11 @@ class VirtualKVCache:
         self._len_of: dict[int, int] = {}
         # Sequences whose next row may lie in a shared page: only a truncate leads there.
         self._cut: set[int] = set()
-        self._swapped: dict[int, _SwappedGroup] = {}
+        self._swapped = SwappedGroups()
         self._prefixes = SlotPrefixes(self._core_arena, self._layout)
         self._is_asleep = False
-        self._sleeping: _SwappedGroup | None = None
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sleeping: SwappedGroup | None = None
+        self._views = SlotViews(self._core_arena, config, self._layout)
 
     @property
     def config(self) -> KVCacheConfig:
@@ -161,16 +156,12 @@ class VirtualKVCache:
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
         reserved = reserved_tokens(self._config, group)
-        start = None if found is None else found.start
+        admit = partial(self._arena.try_admit, len(group.seq_ids), group.num_tokens, reserved)
         if found is None:
-            return self._evicting(
-                lambda: self._arena.try_admit(len(group.seq_ids), group.num_tokens, reserved, start)
-            )
+            return self._evicting(admit)
         self._prefixes.index.lock(found.needed)
         try:
-            return self._evicting(
-                lambda: self._arena.try_admit(len(group.seq_ids), group.num_tokens, reserved, start)
-            )
+            return self._evicting(partial(admit, found.start))
         finally:
             self._prefixes.index.unlock(found.needed)
 
@@ -178,7 +169,7 @@ class VirtualKVCache:
         if self._cut and not self._prepare_write(seq_ids, num_tokens):
             return False
         slots = self._slots(seq_ids)
-        if not self._evicting(lambda: self._arena.try_extend(slots, num_tokens)):
+        if not self._evicting(partial(self._arena.try_extend, slots, num_tokens)):
             return False
         self._len_of.update(zip(seq_ids, num_tokens, strict=True))
         return True
@@ -199,7 +190,7 @@ class VirtualKVCache:
         self._check_new(child_ids)
         if len(self._slot_of) + len(child_ids) > self._config.max_num_seqs:
             return False
-        slots = self._evicting(lambda: self._arena.try_fork(parent, len(child_ids), num_rows))
+        slots = self._evicting(partial(self._arena.try_fork, parent, len(child_ids), num_rows))
         if slots is None:
             return False
         for child_id, slot in zip(child_ids, slots, strict=True):
@@ -210,43 +201,28 @@ class VirtualKVCache:
 
     def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
         slots = self._slots(seq_ids)
-        num_tokens = _check_reorder(seq_ids, parent_idx, [self._len_of[seq] for seq in seq_ids])
-        if list(parent_idx) == list(range(len(seq_ids))):
-            return True
-        # One child stays in its parent's slot, if possible that of its own name; spare clean slots
-        # take the others, so that nothing is mapped anew under a kernel that may still run.
-        stays = {parent: child for child, parent in reversed(list(enumerate(parent_idx)))}
-        stays.update({i: i for i, parent in enumerate(parent_idx) if parent == i})
+        plan = plan_reorder(seq_ids, parent_idx, [self._len_of[seq_id] for seq_id in seq_ids])
+        # Spare clean slots take what is built, so that nothing is mapped anew under a kernel that
+        # may still run.
         moved: dict[int, int] = {}
-        for parent in sorted(stays):
-            children = [
-                child
-                for child, source in enumerate(parent_idx)
-                if source == parent and stays[parent] != child
-            ]
-            forked = self._fork_slots(slots[parent], len(children), num_tokens)
+        for parent, children in plan.built.items():
+            fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
+            forked = self._evicting(fork)
             if forked is None:
                 self._arena.free(list(moved.values()))
                 return False
             moved.update(zip(children, forked, strict=True))
-        dropped = [slots[i] for i in range(len(seq_ids)) if i not in stays]
-        for parent, child in stays.items():
-            moved[child] = slots[parent]
+        moved.update({child: slots[parent] for parent, child in plan.stays.items()})
         was_cut = [seq_id in self._cut for seq_id in seq_ids]
         for child, seq_id in enumerate(seq_ids):
             self._slot_of[seq_id] = moved[child]
             (self._cut.add if was_cut[parent_idx[child]] else self._cut.discard)(seq_id)
         self._prefixes.rename(
             {seq_id: seq_ids[parent] for seq_id, parent in zip(seq_ids, parent_idx, strict=True)},
-            num_tokens,
+            plan.num_tokens,
         )
-        self._arena.free(dropped)
+        self._arena.free([slots[parent] for parent in plan.dropped])
         return True
-
-    def _fork_slots(self, slot: int, count: int, num_rows: int) -> list[int] | None:
-        if count == 0:
-            return []
-        return self._evicting(lambda: self._arena.try_fork(slot, count, num_rows))
 
     def register_tokens(self, seq_id: int, token_ids: Sequence[int], num_tokens: int) -> None:
         slot = self._slots((seq_id,))[0]
@@ -258,7 +234,7 @@ class VirtualKVCache:
         self._prefixes.register(seq_id, slot, token_ids, num_tokens)
 
     def free(self, seq_ids: Sequence[int], keep_prefix: bool = True) -> None:
-        swapped = [seq_id for seq_id in seq_ids if seq_id in self._swapped] if self._swapped else []
+        swapped = [seq_id for seq_id in seq_ids if seq_id in self._swapped]
         live = [seq_id for seq_id in seq_ids if seq_id not in swapped] if swapped else seq_ids
         slots = self._slots(live)
         if len(set(seq_ids)) != len(seq_ids):
@@ -270,63 +246,42 @@ class VirtualKVCache:
             del self._slot_of[seq_id], self._len_of[seq_id]
             self._cut.discard(seq_id)
         for seq_id in swapped:
-            self._free_swapped(seq_id)
-
-    def _free_swapped(self, seq_id: int) -> None:
-        swapped = self._swapped.pop(seq_id)
-        idx = swapped.seq_ids.index(seq_id)
-        self._arena.drop_swapped(swapped.group, idx)
-        swapped.seq_ids[idx] = None
-        self._prefixes.end(seq_id)
-        del self._len_of[seq_id]
-        self._cut.discard(seq_id)
+            self._swapped.drop(self._arena, seq_id)
+            self._prefixes.end(seq_id)
+            del self._len_of[seq_id]
+            self._cut.discard(seq_id)
 
     def try_swap_out(self, seq_ids: Sequence[int]) -> bool:
         swapped = self._swap_out(seq_ids)
         if swapped is None:
             return False
-        self._swapped.update(dict.fromkeys(seq_ids, swapped))
+        self._swapped.add(swapped)
         return True
 
-    def _swap_out(self, seq_ids: Sequence[int]) -> _SwappedGroup | None:
+    def _swap_out(self, seq_ids: Sequence[int]) -> SwappedGroup | None:
         group = self._arena.try_swap_out(self._slots(seq_ids))
         if group is None:
             return None
         for seq_id in seq_ids:
             del self._slot_of[seq_id]
             self._prefixes.restart(seq_id)
-        return _SwappedGroup(group, list(seq_ids))
+        return SwappedGroup(group, list(seq_ids))
 
     def try_swap_in(self, seq_ids: Sequence[int]) -> bool:
-        swapped = self._swapped_group(seq_ids)
+        self._check_awake()
+        swapped = self._swapped.find(seq_ids)
         if len(self._slot_of) + len(seq_ids) > self._config.max_num_seqs:
             return False
         if not self._swap_in(swapped):
             return False
-        for seq_id in seq_ids:
-            del self._swapped[seq_id]
+        self._swapped.remove(swapped)
         return True
 
-    def _swapped_group(self, seq_ids: Sequence[int]) -> _SwappedGroup:
-        self._check_awake()
-        for seq_id in seq_ids:
-            if seq_id not in self._swapped:
-                raise ConfigError(f"seq_id {seq_id} is not swapped out")
-        swapped = self._swapped[seq_ids[0]] if seq_ids else _SwappedGroup(0, [])
-        left = [seq_id for seq_id in swapped.seq_ids if seq_id is not None]
-        if sorted(left) != sorted(seq_ids):
-            raise ConfigError(
-                f"seq_ids {tuple(seq_ids)} are not a group; those swapped out together are "
-                f"{tuple(left)}"
-            )
-        return swapped
-
-    def _swap_in(self, swapped: _SwappedGroup) -> bool:
-        slots = self._evicting(lambda: self._arena.try_swap_in(swapped.group))
+    def _swap_in(self, swapped: SwappedGroup) -> bool:
+        slots = self._evicting(partial(self._arena.try_swap_in, swapped.group))
         if slots is None:
             return False
-        left = [seq_id for seq_id in swapped.seq_ids if seq_id is not None]
-        for seq_id, slot in zip(left, slots, strict=True):
+        for seq_id, slot in zip(swapped.left, slots, strict=True):
             self._slot_of[seq_id] = slot
             self._prefixes.resume(seq_id, slot)
         return True
@@ -363,10 +318,9 @@ class VirtualKVCache:
         Returns:
             Two tensors ``[num_slots, max_seq_len, num_kv_heads, head_dim]``.
         """
-        views = self._views.get(layer_idx)
-        if views is None:
-            views = self._views[layer_idx] = self._make_views(layer_idx)
-        return views
+        if self.driver_name == "null":
+            raise ConfigError("the null driver only counts pages; it has no tensors")
+        return self._views.of_layer(layer_idx)
 
     def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
         slots = self._slots(seq_ids)
@@ -400,44 +354,7 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        raw = self._core_arena.stats()
-        page = raw["page_bytes"]
-        return KVCacheStats(
-            reserved_bytes=raw["reserved_bytes"],
-            capacity_bytes=raw["max_pages"] * page,
-            page_bytes=page,
-            created_pages=raw["created_pages"],
-            free_pages=raw["free_pages"],
-            in_use_pages=raw["in_use_pages"],
-            retired_pages=raw["retired_pages"],
-            live_bytes=raw["live_bytes"],
-            logical_bytes=raw["logical_bytes"],
-            committed_bytes=raw["committed_pages"] * page,
-            ahead_bytes=raw["ahead_pages"] * page,
-            parked_bytes=raw["parked_pages"] * page,
-            cached_bytes=raw["cached_pages"] * page,
-            shared_bytes=raw["shared_refs"] * page,
-            swapped_bytes=raw["swapped_bytes"],
-            peak_committed_bytes=raw["peak_committed_pages"] * page,
-            peak_live_bytes=raw["peak_live_bytes"],
-            num_live_seqs=raw["num_live"],
-            peak_live_seqs=raw["peak_live"],
-            map_calls=raw["map_calls"],
-            unmap_calls=raw["unmap_calls"],
-            critical_pages=raw["critical_pages"],
-            background_pages=raw["background_pages"],
-            adopted_pages=raw["adopted_pages"],
-            reclaimed_pages=raw["reclaimed_pages"],
-            aliased_pages=raw["aliased_pages"],
-            cow_copies=raw["cow_copies"],
-            swap_out_pages=raw["swap_out_pages"],
-            swap_in_pages=raw["swap_in_pages"],
-            stall_us=raw["stall_us"],
-            num_steps=raw["num_steps"],
-            live_byte_steps=raw["live_byte_steps"],
-            committed_byte_steps=raw["committed_byte_steps"],
-            worker_error=raw["worker_error"],
-        )
+        return virtual_stats(self._core_arena.stats())
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
@@ -457,10 +374,14 @@ class VirtualKVCache:
         raw = self._arena.stats()
         if raw["committed_pages"] > raw["max_pages"]:
             return False  # after a resize to less: they could not come back
+        num_to_copy = raw["committed_pages"] - self._prefixes.index.stats().pinned_pages
+        if num_to_copy * raw["page_bytes"] > self._config.swap_bytes - raw["swapped_bytes"]:
+            return False
         if live:
             self._sleeping = self._swap_out(live)
             if self._sleeping is None:
                 return False
+        self._arena.swap_out_held()
         self._prefixes.index.flush()
         self._arena.trim(0)
         self._is_asleep = True
@@ -546,7 +467,7 @@ class VirtualKVCache:
             if seq_id not in self._cut or total <= self._len_of[seq_id]:
                 continue
             slot = self._slots((seq_id,))[0]
-            moved = self._evicting(lambda slot=slot: self._arena.prepare_write(slot))  # type: ignore[misc]
+            moved = self._evicting(partial(self._arena.prepare_write, slot))
             if moved is None:
                 return False
             self._slot_of[seq_id] = moved
@@ -564,37 +485,6 @@ class VirtualKVCache:
         lacking = min(wanted, max_pages // 2) - self._arena.available_pages()
         if lacking > 0:
             self._prefixes.index.evict(lacking)
-
-    def _make_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        num_layers = len(self._config.layers)
-        if not 0 <= layer_idx < num_layers:
-            raise ConfigError(f"layer_idx is {layer_idx}; it must be below {num_layers}")
-        if self.driver_name == "null":
-            raise ConfigError("the null driver only counts pages; it has no tensors")
-        spec = self._config.layers[layer_idx]
-        place = self._layout.placements[layer_idx]
-        return (
-            self._make_view(spec, place.k_region, place.k_offset, spec.k_head_dim),
-            self._make_view(spec, place.v_region, place.v_offset, spec.v_head_dim),
-        )
-
-    def _make_view(self, spec: LayerKVSpec, region: int, offset: int, head_dim: int) -> Tensor:
-        itemsize = DTYPE_BYTES[spec.dtype]
-        layout = self._layout
-        capsule = self._arena.tensor_capsule(
-            region,
-            offset,
-            spec.dtype,
-            [layout.num_slots, layout.max_seq_len, spec.num_kv_heads, head_dim],
-            [
-                layout.slot_bytes[region] // itemsize,
-                layout.row_bytes[region] // itemsize,
-                head_dim,
-                1,
-            ],
-        )
-        tensor: Tensor = from_dlpack(capsule)
-        return tensor
 
 
 def make_driver(config: KVCacheConfig) -> _core.Driver:
@@ -625,24 +515,6 @@ def _high_pages(config: KVCacheConfig, max_pages: int) -> int:
 def _check_num_tokens(num_tokens: int) -> None:
     if num_tokens < 0:
         raise ConfigError(f"num_tokens is {num_tokens}; it must be 0 or more")
-
-
-def _check_reorder(
-    seq_ids: Sequence[int], parent_idx: Sequence[int], num_tokens: Sequence[int]
-) -> int:
-    """The length that all sequences have. Raises ``ConfigError`` for what cannot be reordered."""
-    if len(set(seq_ids)) != len(seq_ids):
-        raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
-    if len(parent_idx) != len(seq_ids) or any(
-        not 0 <= parent < len(seq_ids) for parent in parent_idx
-    ):
-        raise ConfigError(
-            f"parent_idx is {tuple(parent_idx)}; it must name one of {len(seq_ids)} sequences for "
-            "each of them"
-        )
-    if len(set(num_tokens)) > 1:
-        raise ConfigError(f"sequences to reorder have {tuple(num_tokens)} tokens; must be equal")
-    return num_tokens[0] if num_tokens else 0
 
 
 def _mixes_dtypes(config: KVCacheConfig) -> bool:

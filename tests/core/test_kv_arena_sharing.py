@@ -367,6 +367,21 @@ class TestSwap:
         assert shared(arena)[0] == 0
         arena.check_invariants()
 
+    def test_what_only_groups_hold_can_follow_them(self, arena):
+        rows, parent = Rows(arena), admit(arena, 20)
+        rows.write(parent, 0, 20, 0)
+        (child,) = arena.try_fork(parent, 1, 20)
+        groups = [arena.try_swap_out([child]), arena.try_swap_out([parent])]
+        assert pages(arena)[0] == 2  # each holds them for the other
+        arena.swap_out_held()
+        arena.check_invariants()
+        assert pages(arena)[0] == 0
+        assert arena.stats()["swapped_bytes"] == 4 * PAGE  # two tails, and two copies for both
+        for group in groups:
+            (slot,) = arena.try_swap_in(group)
+            rows.check(slot, 0, 20, 0)
+        arena.check_invariants()
+
     def test_full_swap_space_is_a_value(self, arena):
         slots = arena.try_admit(4, 64)
         first = arena.try_swap_out(slots)
