@@ -17,11 +17,12 @@ import pytest
 import torch
 import transformers as hf
 
-from tests.engine.running import PAGE
+from tests.engine.running import PAGE, assert_no_page_is_lost
 from vmalloc.engine import EngineConfig, LLMEngine
 
 VOCAB_SIZE = 97
 CONTEXT = 160
+LONG_CONTEXT = 640
 NUM_PROMPTS = 16
 NUM_NEW_TOKENS = 12
 WINDOW = 8  # far below the prompts' lengths, so that it matters
@@ -45,7 +46,17 @@ _ODD = {
     "hidden_size": 240,
     "num_attention_heads": 6,
     "head_dim": 40,
+    "max_position_embeddings": LONG_CONTEXT,
     "initializer_range": 0.15,
+}
+# A token stores 1,024 bytes: four of them fill a page.
+_POWER_OF_TWO = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": LONG_CONTEXT,
 }
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
@@ -91,6 +102,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**_COMMON),
     "llama-5x3x40": lambda: hf.LlamaConfig(**{**_COMMON, **_ODD}),
+    "llama-4x2x16": lambda: hf.LlamaConfig(**{**_COMMON, **_POWER_OF_TWO}),
     "qwen2": lambda: hf.Qwen2Config(**_COMMON),
     "qwen3": lambda: hf.Qwen3Config(**_COMMON, head_dim=16),
     "mistral": lambda: hf.MistralConfig(**_COMMON, sliding_window=WINDOW),
@@ -210,7 +222,10 @@ def assert_logprobs_agree() -> Any:
 
 @pytest.fixture(params=["virtual", "paged"])
 def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEngine]]:
-    """``make_engine("llama", max_num_seqs=4)``: an engine over a tiny model, on each backend."""
+    """``make_engine("llama", max_num_seqs=4)``: an engine over a tiny model, on each backend.
+
+    At the end no page of an engine that has nothing to do may be missing.
+    """
     engines: list[LLMEngine] = []
 
     def make(name: str = "llama", **settings: Any) -> LLMEngine:
@@ -226,6 +241,8 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEng
 
     yield make
     for engine in engines:
+        if not (engine.has_unfinished_requests() or engine.is_asleep):
+            assert_no_page_is_lost(engine)
         engine.close()
 
 

@@ -34,6 +34,16 @@ def step(engine: LLMEngine, finished: dict[str, Any]) -> list[Any]:
     return outputs
 
 
+def assert_no_page_is_lost(engine: LLMEngine) -> None:
+    """All memory goes back to the system once nothing runs and nothing is cached."""
+    engine.flush_prefix_cache()
+    engine.backend.trim()
+    engine.backend.check_invariants()
+    stats = engine.kv_stats()
+    assert stats.created_pages == stats.in_use_pages == engine.prefix_stats().pinned_pages
+    assert (stats.num_live_seqs, stats.swapped_bytes, stats.retired_pages) == (0, 0, 0)
+
+
 def token_ids(output: Any) -> list[list[int]]:
     """Tokens of each completion."""
     return [completion.token_ids for completion in output.outputs]

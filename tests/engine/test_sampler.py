@@ -259,6 +259,13 @@ def test_choices_of_one_seed_differ_and_repeat() -> None:
     assert draw() == draw()
 
 
+def test_draws_at_other_positions_differ() -> None:
+    seqs = [one(SamplingParams()) for _ in range(8)]
+    for idx, seq in enumerate(seqs):
+        seq.token_ids += [0] * idx
+    assert len(set(sample(seqs, torch.zeros(8, 1000)).token_ids)) > 5
+
+
 def test_prompt_logprobs_score_the_token_behind_each_position() -> None:
     torch.manual_seed(12)
     logits, token_ids = torch.randn(300, 50), torch.randint(50, (300,)).tolist()

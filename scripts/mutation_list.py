@@ -1,0 +1,320 @@
+"""The mutations of the source that the tests must notice, and the test that notices each.
+
+Owns: the list.  Thread-safety: immutable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AGREE = "tests/engine/test_backends_agree.py"
+PREEMPTION = "tests/engine/test_backends_agree_preemption.py"
+CONFORMANCE = "tests/kv/test_conformance.py"
+ARENA = "tests/core/test_kv_arena.py"
+SHARING = "tests/core/test_kv_arena_sharing.py"
+
+PARALLEL = f"{AGREE}::TestMethods::test_one_method[n=4-5x3x40-0]"
+BEAMS = f"{AGREE}::TestMethods::test_one_method[beam-5x3x40-0]"
+ALL_METHODS = f"{AGREE}::TestMethods::test_all_methods_in_one_batch[5x3x40-0]"
+PREFIXES = f"{AGREE}::test_prefixes_of_requests_that_ended_or_still_run[ended-0-5x3x40]"
+SWAP = f"{PREEMPTION}::test_preemption_at_random_steps[0-swap-5x3x40]"
+RECOMPUTE = f"{PREEMPTION}::test_preemption_at_random_steps[0-recompute-5x3x40]"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replaces the one place of a file that reads ``old``."""
+
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake, and the test that must go red with it."""
+
+    name: str
+    test: str
+    edits: tuple[Edit, ...]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the C++ core must be built again."""
+        return any(edit.path.startswith("csrc/") for edit in self.edits)
+
+
+def _mutation(name: str, test: str, path: str, old: str, new: str) -> Mutation:
+    return Mutation(name, test, (Edit(path, old, new),))
+
+
+COPY_ON_WRITE = [
+    _mutation(
+        "virtual: try_extend does not prepare a write",
+        f"{CONFORMANCE}::test_what_is_truncated_and_written_again_stays_private[odd-virtual]",
+        "vmalloc/kv_cache.py",
+        "if self._cut and not self._prepare_write(seq_ids, num_tokens):",
+        "if False and not self._prepare_write(seq_ids, num_tokens):",
+    ),
+    Mutation(
+        "virtual: prepare_write returns the slot as it is, and nobody checks",
+        f"{CONFORMANCE}::test_what_is_truncated_and_written_again_stays_private[odd-virtual]",
+        (
+            Edit(
+                "csrc/kv_arena_share.cpp",
+                "if (entry.num_rows >= entry.shared_rows) return slot;\n  landed_",
+                "if (entry.num_rows <= config_.max_rows) return slot;\n  landed_",
+            ),
+            Edit(
+                "csrc/kv_arena_grow.cpp",
+                "if (slot.num_rows < slot.shared_rows && rows > slot.num_rows) {",
+                "if (slot.num_rows > config_.max_rows) {",
+            ),
+        ),
+    ),
+    _mutation(
+        "paged: no copy on write",
+        PARALLEL,
+        "vmalloc/paged_sequences.py",
+        "if not is_shared.any():",
+        "if True:",
+    ),
+    _mutation(
+        "paged: the last of those that write copies too late",
+        PARALLEL,
+        "vmalloc/paged_sequences.py",
+        "if left > 1:",
+        "if left > 2:",
+    ),
+    _mutation(
+        "virtual: a fork does not copy the partial tail",
+        PARALLEL,
+        "csrc/kv_arena_grow.cpp",
+        "growth.copy_from = prefix->tails[r];",
+        "growth.copy_from = kNoPage;",
+    ),
+    _mutation(
+        "virtual: half of the partial tail is copied",
+        PARALLEL,
+        "csrc/kv_arena_grow.cpp",
+        "pool_.handle(growth.copy_from), growth.copy_bytes);",
+        "pool_.handle(growth.copy_from), growth.copy_bytes / 2);",
+    ),
+    _mutation(
+        "paged: one row of a copied block is missing",
+        PARALLEL,
+        "vmalloc/paged_sequences.py",
+        "self._storage.copy_rows(int(source), int(target), num_rows)",
+        "self._storage.copy_rows(int(source), int(target), num_rows - 1)",
+    ),
+]
+
+FENCE = [
+    _mutation(
+        "retired pages are settled whatever their epoch",
+        f"{ARENA}::TestEpochs::test_pages_freed_in_an_open_step_wait_for_its_fence",
+        "csrc/kv_arena_shrink.cpp",
+        "mapped.retired_epochs[mapped.retired_epochs.size() - 1 - num_pages] <= completed_)",
+        "mapped.retired_epochs[mapped.retired_epochs.size() - 1 - num_pages] <= epoch_ + 1)",
+    ),
+    _mutation(
+        "a fence counts as passed when it is recorded",
+        f"{ARENA}::TestEpochs::test_pages_wait_as_long_as_the_fence_does",
+        "csrc/kv_arena.cpp",
+        "driver_->fence_passed(fences_.front().second)",
+        "(driver_->fence_passed(fences_.front().second), true)",
+    ),
+    _mutation(
+        "pages of an idle slot are taken as if no kernel had read them",
+        f"{ARENA}::TestEpochs::"
+        "test_parked_pages_are_unmapped_for_another_slot_only_after_the_fence",
+        "csrc/kv_arena_shrink.cpp",
+        "const Epoch last_use = entry.state == SlotState::kLive ? epoch_ : entry.last_use;",
+        "const Epoch last_use = entry.state == SlotState::kLive ? epoch_ : 0;",
+    ),
+    _mutation(
+        "a draining slot is idle at once",
+        f"{SHARING}::TestSlots::test_an_emptied_slot_is_not_given_away_under_a_running_kernel",
+        "csrc/kv_arena.cpp",
+        "if (!mapped.pages.empty()) return;",
+        "if (mapped.pages.size() > config_.max_pages) return;",
+    ),
+]
+
+REFCOUNT = [
+    _mutation(
+        "virtual: a page that is mapped again is not counted",
+        PARALLEL,
+        "csrc/page_pool.cpp",
+        "change(page, [](Page& entry) { ++entry.live; });",
+        "change(page, [](Page&) {});",
+    ),
+    _mutation(
+        "virtual: a page is free once one of its users lets go",
+        PARALLEL,
+        "csrc/page_pool.cpp",
+        "if (entry.num_in_use() > 0 || entry.retired > 0) return;",
+        "if (entry.num_in_use() > 1 || entry.retired > 0) return;",
+    ),
+    _mutation(
+        "virtual: the prefix index takes no reference",
+        PREFIXES,
+        "csrc/page_pool.cpp",
+        "change(page, [](Page& entry) { ++entry.cached; });",
+        "change(page, [](Page&) {});",
+    ),
+    _mutation(
+        "virtual: a swapped-out group does not hold the pages that stay",
+        f"{CONFORMANCE}::test_pages_shared_outside_the_group_stay_where_they_are[odd-virtual]",
+        "csrc/page_pool.cpp",
+        "change(page, [](Page& entry) { ++entry.held; });",
+        "change(page, [](Page&) {});",
+    ),
+    _mutation(
+        "paged: a block that one more sequence has is not counted",
+        PARALLEL,
+        "vmalloc/block_pool.py",
+        "self.refs[blocks] += count",
+        "self.refs[blocks] += 0",
+    ),
+    _mutation(
+        "paged: a block is free once one of its users lets go",
+        PARALLEL,
+        "vmalloc/block_pool.py",
+        "freed = blocks[self.refs[blocks] == 0].tolist()",
+        "freed = blocks.tolist()",
+    ),
+    _mutation(
+        "paged: the prefix index takes no reference",
+        PREFIXES,
+        "vmalloc/paged_prefix.py",
+        "retain=lambda pages: pool.add_refs(_block_ids(pages)),",
+        "retain=lambda pages: None,",
+    ),
+    _mutation(
+        "paged: a reorder takes no reference to the parents' blocks",
+        BEAMS,
+        "vmalloc/paged_sequences.py",
+        "self._pool.add_seq_refs(blocks)\n",
+        "self._pool.add_seq_refs(blocks[:0])\n",
+    ),
+]
+
+SWAPPING = [
+    _mutation(
+        "virtual: a swapped-out group forgets what it shared",
+        f"{CONFORMANCE}::test_a_group_comes_back_as_it_was_with_what_it_shared[odd-virtual]",
+        "csrc/kv_arena_swap.cpp",
+        "if (found != packed.end()) return found->second;",
+        "if (found != packed.end() && page == kNoPage) return found->second;",
+    ),
+    _mutation(
+        "paged: blocks that others share are moved out too",
+        f"{CONFORMANCE}::test_pages_shared_outside_the_group_stay_where_they_are[odd-paged]",
+        "vmalloc/paged_swap.py",
+        "self._pool.holds[blocks]) > 0",
+        "self._pool.holds[blocks]) < 0",
+    ),
+    _mutation(
+        "paged: swapped-in contents land in each other's blocks",
+        SWAP,
+        "vmalloc/paged_swap.py",
+        "self._storage.write(blocks, group.data)",
+        "self._storage.write(blocks[::-1], group.data)",
+    ),
+    _mutation(
+        "engine: a swap forgets a reorder that is pending",
+        SWAP,
+        "engine/preemption.py",
+        "group.status = GroupStatus.SWAPPED",
+        "group.status, group.pending_parents = GroupStatus.SWAPPED, None",
+    ),
+    _mutation(
+        "engine: a dropped sequence counts as computed",
+        RECOMPUTE,
+        "engine/sequence_group.py",
+        "seq.num_computed_tokens = seq.num_rows = 0",
+        "seq.num_rows = 0",
+    ),
+]
+
+PREFIX_INDEX = [
+    _mutation(
+        "the salt is ignored",
+        "tests/engine/test_groups.py::"
+        "test_requests_of_equal_prompts_share_unless_salt_or_settings_forbid",
+        "vmalloc/prefix_index.py",
+        "        node = self._roots.get(salt)\n",
+        '        salt = ""\n        node = self._roots.get(salt)\n',
+    ),
+    _mutation(
+        "a token that differs counts as cached",
+        PREFIXES,
+        "vmalloc/prefix_node.py",
+        "            return i\n",
+        "            return min(i + 1, len(b))\n",
+    ),
+    _mutation(
+        "paged: one row of a cached tail is not copied",
+        PREFIXES,
+        "vmalloc/paged_sequences.py",
+        "int(own[0]), tail[1])",
+        "int(own[0]), tail[1] - 1)",
+    ),
+    _mutation(
+        "virtual: a tail that was found is not copied to the end",
+        PREFIXES,
+        "csrc/kv_arena_grow.cpp",
+        "prefix->num_rows * regions_[r]->row_bytes() -\n",
+        "(prefix->num_rows - 1) * regions_[r]->row_bytes() -\n",
+    ),
+]
+
+DECODING = [
+    _mutation(
+        "beams are not reordered",
+        BEAMS,
+        "engine/group_memory.py",
+        "if not self._backend.try_reorder(seq_ids, group.pending_parents):",
+        "if not seq_ids:",
+    ),
+    _mutation(
+        "virtual: the beams that stay swap their slots with none",
+        BEAMS,
+        "vmalloc/kv_cache.py",
+        "moved[child] = slots[parent]",
+        "moved[child] = slots[child]",
+    ),
+    _mutation(
+        "the choice index is not part of the random numbers' key",
+        "tests/engine/test_groups.py::"
+        "test_completions_share_the_prompt_and_are_those_of_requests_alone",
+        "engine/sampler.py",
+        "[seq.choice_idx for seq in seqs],",
+        "[0 for seq in seqs],",
+    ),
+    _mutation(
+        "a random number depends on the place in the batch",
+        ALL_METHODS,
+        "engine/sampler.py",
+        "[seq.seed for seq in seqs],",
+        "[seq.seed + row for row, seq in enumerate(seqs)],",
+    ),
+    _mutation(
+        "the position is not part of the random numbers' key",
+        "tests/engine/test_sampler.py::test_draws_at_other_positions_differ",
+        "engine/sampler.py",
+        "[seq.num_tokens for seq in seqs],",
+        "[0 for seq in seqs],",
+    ),
+    _mutation(
+        "an ended sequence is freed before its siblings forked from it",
+        "tests/engine/test_groups.py::"
+        "test_a_sequence_that_ends_at_once_leaves_its_kv_to_its_siblings",
+        "engine/group_memory.py",
+        "        if any(not seq.has_kv for seq in group.active):\n            return\n",
+        "",
+    ),
+]
+
+MUTATIONS = [*COPY_ON_WRITE, *FENCE, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING]

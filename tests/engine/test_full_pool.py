@@ -1,0 +1,108 @@
+"""Pools that are full to the last page: each request ends with its tokens or with its own error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.running import PAGE, all_tokens, run_out, step, token_ids
+from vmalloc.engine import LLMEngine, SamplingParams
+from vmalloc.engine.sequence_group import GroupStatus
+
+PROMPT = [5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12, 8, 54]
+REQUESTS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=16),
+    "n=3": SamplingParams(n=3, seed=1, max_tokens=12),
+    "beam": SamplingParams(n=3, use_beam_search=True, temperature=0.0, max_tokens=8),
+    "best_of": SamplingParams(n=1, best_of=3, seed=2, max_tokens=10),
+}
+
+
+def num_pages_left(engine: LLMEngine) -> int:
+    """Pages that nobody needs, cached ones included."""
+    stats = engine.kv_stats()
+    return (stats.capacity_bytes - stats.committed_bytes) // stats.page_bytes
+
+
+def add_all(engine: LLMEngine) -> None:
+    for idx, (name, params) in enumerate(REQUESTS.items()):
+        engine.add_request(name, [*PROMPT, idx], params)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_pools_of_every_size_down_to_the_last_page(mode: str, make_engine: Any) -> None:
+    roomy = make_engine()
+    add_all(roomy)
+    expected = all_tokens(run_out(roomy))
+    num_failed = num_whole = 0
+    least = []
+    engine = make_engine(
+        kv_cache_memory_bytes=18 * PAGE,
+        swap_space_bytes=6 * PAGE,
+        preemption_mode=mode,
+        block_size=4,
+        commit_ahead_tokens=0,
+    )
+    for num_pages in range(18, 2, -1):
+        engine.flush_prefix_cache()
+        engine.resize_kv_cache(num_pages * PAGE)
+        add_all(engine)
+        outputs: dict[str, Any] = {}
+        left = []
+        while engine.has_unfinished_requests():
+            step(engine, outputs)
+            left.append(num_pages_left(engine))
+        least.append(min(left))
+        assert set(outputs) == set(REQUESTS)
+        for name, output in outputs.items():
+            if output.error is None:
+                assert token_ids(output) == expected[name], f"{name} in {num_pages} pages"
+                num_whole += 1
+            else:
+                assert f"request {name} " in output.error
+                assert "KV" in output.error
+                num_failed += 1
+    # Some pools were too small for some requests, and others were used up to the last page or two.
+    assert num_failed > 0
+    assert num_whole > 2 * num_failed
+    assert least.count(0) > 4
+    assert least.count(1) > 0
+
+
+@pytest.mark.parametrize("swap_pages", [0, 5])
+@pytest.mark.parametrize("aborted", REQUESTS)
+def test_an_abort_while_pool_and_swap_space_are_full(
+    aborted: str, swap_pages: int, make_engine: Any
+) -> None:
+    """At any step, whatever state it finds the request in."""
+    roomy = make_engine()
+    add_all(roomy)
+    expected = all_tokens(run_out(roomy))
+    states = set()
+    engine = make_engine(
+        kv_cache_memory_bytes=16 * PAGE,
+        swap_space_bytes=swap_pages * PAGE,
+        preemption_mode="swap",
+        block_size=4,
+    )
+    for at in range(1, 26, 4):
+        engine.flush_prefix_cache()
+        add_all(engine)
+        finished: dict[str, Any] = {}
+        for _ in range(at):
+            step(engine, finished)
+        if aborted in finished:
+            run_out(engine, finished)
+            break
+        states.add(engine._requests[aborted].status)
+        engine.abort_request(aborted)
+        engine.backend.check_invariants()
+        outputs = all_tokens(run_out(engine, finished))
+        assert aborted not in outputs
+        assert outputs == {name: expected[name] for name in outputs}
+        assert len(outputs) == len(REQUESTS) - 1
+    assert GroupStatus.RUNNING in states
+    if aborted == "best_of":  # the last to come is the first to give up its memory
+        assert GroupStatus.WAITING in states
+        assert swap_pages == 0 or GroupStatus.SWAPPED in states
