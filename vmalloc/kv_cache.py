@@ -86,6 +86,7 @@ class VirtualKVCache:
         self._cut: set[int] = set()
         self._swapped = SwappedGroups()
         self._prefixes = SlotPrefixes(self._core_arena, self._layout)
+        self._peak_seqs = 0
         self._is_asleep = False
         self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
@@ -148,6 +149,7 @@ class VirtualKVCache:
             if group.cache_salt is not None and self._config.prefix_caching:
                 node = None if found is None else found.node
                 self._prefixes.start(seq_id, group.cache_salt, node)
+        self._note_peak()
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
             for _ in group.seq_ids:
@@ -197,6 +199,7 @@ class VirtualKVCache:
             self._slot_of[child_id] = slot
             self._len_of[child_id] = num_rows
             self._prefixes.copy(parent_id, child_id, num_rows)
+        self._note_peak()
         return True
 
     def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
@@ -283,7 +286,10 @@ class VirtualKVCache:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
             self._slot_of[seq_id] = slot
+            # It may end in a page that others hold, or that could not be made its own.
+            self._cut.add(seq_id)
             self._prefixes.resume(seq_id, slot)
+        self._note_peak()
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
@@ -354,7 +360,7 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        return virtual_stats(self._core_arena.stats())
+        return virtual_stats(self._core_arena.stats(), self._peak_seqs)
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
@@ -451,8 +457,13 @@ class VirtualKVCache:
         if len(set(seq_ids)) != len(seq_ids):
             raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
 
+    def _note_peak(self) -> None:
+        # The arena's count has both slots of a sequence that moves.
+        self._peak_seqs = max(self._peak_seqs, len(self._slot_of))
+
     def _evicting(self, attempt: Callable[[], T]) -> T:
-        """Try until it works or nothing cached is left to evict for it; the last answer."""
+        """Try until it works or evicting does not help; the last answer."""
+        last_shortage = 0
         while True:
             answer = attempt()
             if answer is not None and answer is not False:
