@@ -208,13 +208,18 @@ class VirtualKVCache:
         # Spare clean slots take what is built, so that nothing is mapped anew under a kernel that
         # may still run.
         moved: dict[int, int] = {}
-        for parent, children in plan.built.items():
-            fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
-            forked = self._evicting(fork)
-            if forked is None:
-                self._arena.free(list(moved.values()))
-                return False
-            moved.update(zip(children, forked, strict=True))
+        is_built = False
+        try:
+            for parent, children in plan.built.items():
+                fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
+                forked = self._evicting(fork)
+                if forked is None:
+                    return False
+                moved.update(zip(children, forked, strict=True))
+            is_built = True
+        finally:
+            if not is_built:
+                self._core_arena.free(list(moved.values()))
         moved.update({child: slots[parent] for parent, child in plan.stays.items()})
         was_cut = [seq_id in self._cut for seq_id in seq_ids]
         for child, seq_id in enumerate(seq_ids):
