@@ -15,13 +15,18 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
     throw ConfigError(with_limit(
         "num_rows", num_rows, "at most the rows the slot has, " + std::to_string(entry.num_rows)));
   }
-  landed_.wait(lock, [&entry] { return !entry.in_flight; });
+  wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
   // Shared pages are no use as pages ahead: they cannot be written.
   const bool is_shared = num_rows < entry.shared_rows;
   const std::size_t ahead = is_shared ? 0 : config_.ahead_rows;
-  drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
-            SIZE_MAX);
+  try {
+    drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
+              SIZE_MAX);
+  } catch (const DriverError&) {
+    // The rows are gone all the same: what could not be unmapped is retired, and settling tries
+    // again.
+  }
 }
 
 /// Retire pages from the slot's tail that rows [0, keep_rows) do not need, at most `max_pages`;
@@ -90,15 +95,19 @@ void KVArena::settle() {
   }
 }
 
-/// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
-/// that is short only because of them had better try again after the step.
+/// Take pages back until `num_pages` are available: ahead first, which mostly need no fence. For
+/// parked ones those that wait for a fence count: a caller that is short only because of them had
+/// better try again after the step.
 void KVArena::make_available(std::size_t num_pages) {
   const PoolStats pool = pool_.stats();
-  const std::size_t coming = pool_.available() + pool.num_retired;
   // Above the cap, freed pages are destroyed: nothing is gained before the surplus is gone.
   const std::size_t surplus =
       pool.num_created > pool.max_pages ? pool.num_created - pool.max_pages : 0;
-  if (coming < num_pages + surplus) reclaim(num_pages + surplus - coming);
+  const std::size_t wanted = num_pages + surplus;
+  const std::size_t available = pool_.available();
+  if (available < wanted) reclaim_ahead(wanted - available);
+  const std::size_t coming = pool_.available() + pool_.stats().num_retired;
+  if (coming < wanted) reclaim_parked(wanted - coming);
 }
 
 /// Take back pages that no live row needs: ahead first, then parked; the number taken.

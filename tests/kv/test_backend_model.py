@@ -291,6 +291,9 @@ class BackendMachine(RuleBasedStateMachine):
             == stats.committed_bytes + stats.ahead_bytes + stats.parked_bytes + stats.cached_bytes
         )
         assert stats.created_pages == stats.free_pages + stats.in_use_pages + stats.retired_pages
+        assert stats.committed_bytes <= stats.peak_committed_bytes
+        assert stats.live_bytes <= stats.peak_live_bytes
+        assert stats.num_live_seqs <= stats.peak_live_seqs <= MAX_SEQS
         assert stats.swapped_bytes <= self.cache.config.swap_bytes
         for tokens, salt, num_pinned in self.pins:
             assert self.cache.match_prefix(tokens, salt).num_tokens >= num_pinned
