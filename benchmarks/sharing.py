@@ -262,7 +262,8 @@ def draw_figure(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(rows)), [str(row["paged"]["width"]) for row in rows])
         axis.set_xlabel("sequences per request" if method == "parallel" else "beam width")
     axes[0].set_ylabel("memory saved, %")
-    axes[0].set_ylim(top=100)
+    lowest = min(row["virtual"]["net_saved"] for part in result["traces"] for row in part["rows"])
+    axes[0].set_ylim(min(0.0, 100 * lowest - 6), 100)
     axes[0].legend(loc="upper left")
     save_figure(figure, path)
 
