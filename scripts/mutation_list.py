@@ -279,11 +279,11 @@ DECODING = [
         "if not seq_ids:",
     ),
     _mutation(
-        "virtual: the beams that stay swap their slots with none",
+        "virtual: a beam that is to go on in its parent's memory stays in its own",
         BEAMS,
         "vmalloc/kv_cache.py",
-        "moved[child] = slots[parent]",
-        "moved[child] = slots[child]",
+        "moved.update({child: slots[parent] for",
+        "moved.update({child: slots[child] for",
     ),
     _mutation(
         "the choice index is not part of the random numbers' key",
