@@ -126,7 +126,8 @@ class KVArena {
   /// Refer to such pages from outside (the prefix index); they outlive the slot.
   void cache_pages(std::uint32_t slot, const std::vector<std::size_t>& regions,
                    const std::vector<std::size_t>& page_idxs);
-  /// Drop such references; the number of pages that are free by it.
+  /// Drop such references; the number of pages that nobody needs any more: they are free, now or
+  /// once the kernels that may still read them are done.
   std::size_t uncache_pages(const std::vector<PageId>& pages);
 
   /// Copy the pages of a group of slots to host memory, each once, and free the slots; a name for
@@ -158,7 +159,8 @@ class KVArena {
   [[nodiscard]] std::size_t max_slot_rows();  ///< most rows one slot could ever get
   /// Pages by which the last call that failed was short; 0 if it failed for another reason.
   [[nodiscard]] std::size_t last_shortage();
-  [[nodiscard]] std::size_t available_pages();  ///< free, or creatable under the cap
+  /// Pages that can be had without eviction: free, creatable, parked, or waiting for a fence.
+  [[nodiscard]] std::size_t available_pages();
   [[nodiscard]] std::shared_ptr<Region> region(std::size_t index) const {
     return regions_.at(index);
   }
@@ -203,11 +205,13 @@ class KVArena {
   [[nodiscard]] bool grow(Lock& lock, const std::vector<std::uint32_t>& slots);
   [[nodiscard]] std::size_t plan(std::uint32_t slot, std::size_t num_rows,
                                  std::vector<Growth>* plan) const;
-  [[nodiscard]] bool acquire_and_map(std::vector<Growth>& plan);
+  enum class Outcome { kDone, kNoPages, kNoMappings };
+  [[nodiscard]] Outcome acquire_and_map(std::vector<Growth>& plan);
   void share_pages(Growth& growth);
   void undo(std::vector<Growth>& plan) noexcept;
-  [[nodiscard]] bool try_growths(std::vector<Growth>& growths, std::size_t num_pages);
+  [[nodiscard]] Outcome try_growths(std::vector<Growth>& growths, std::size_t num_pages);
   [[nodiscard]] bool make_room(std::size_t num_pages);
+  void note_shortage(std::size_t num_pages);
   std::size_t publish(const std::vector<Growth>& plan);
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 

@@ -66,7 +66,7 @@ std::size_t KVArena::plan(std::uint32_t slot, std::size_t num_rows,
   return total;
 }
 
-bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
+KVArena::Outcome KVArena::acquire_and_map(std::vector<Growth>& plan) {
   try {
     std::vector<PageHandle> handles;
     for (Growth& growth : plan) {
@@ -77,7 +77,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
         std::vector<PageId> pages(growth.num_pages);
         if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
           undo(plan);
-          return false;
+          return Outcome::kNoPages;
         }
         growth.pages = std::move(pages);
       }
@@ -88,7 +88,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
       if (!driver_->try_map(address, handles.data(), handles.size(),
                             is_protected ? Access::kReadOnly : Access::kReadWrite)) {
         undo(plan);
-        return false;
+        return Outcome::kNoMappings;
       }
       growth.is_mapped = true;
       if (config_.zero_on_reuse && any_used) {
@@ -102,7 +102,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
     undo(plan);
     throw;
   }
-  return true;
+  return Outcome::kDone;
 }
 
 /// Take a reference to every page that the growth maps a further time.
@@ -192,7 +192,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
       num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
     }
     if (growths.empty()) break;
-    if (try_growths(growths, num_pages)) {
+    const Outcome outcome = try_growths(growths, num_pages);
+    if (outcome == Outcome::kDone) {
       totals_.critical_pages += num_pages;
       break;
     }
@@ -203,8 +204,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
       continue;
     }
     if (!any_in_flight()) {
-      const std::size_t available = pool_.available();
-      shortage_ = num_pages > available ? num_pages - available : 1;
+      // What could be evicted is mapped nowhere: it would make no room for a mapping.
+      if (outcome == Outcome::kNoPages) note_shortage(num_pages);
       return false;
     }
     wait_landed(lock);
@@ -213,18 +214,26 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
   return true;
 }
 
-/// Make room for the planned growths, map and publish them; or none, and false.
-bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
-  if (!make_room(num_pages)) return false;
-  bool is_mapped = false;
+/// Make room for the planned growths, map and publish them; or none.
+KVArena::Outcome KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
+  if (!make_room(num_pages)) return Outcome::kNoPages;
+  Outcome outcome{};
   try {
-    is_mapped = acquire_and_map(growths);
+    outcome = acquire_and_map(growths);
   } catch (...) {
     publish(growths);
     throw;
   }
   publish(growths);
-  return is_mapped;
+  return outcome;
+}
+
+/// Note by how many pages a call is short that needs `num_pages`: those that may not be created, or
+/// that the driver would not create.
+void KVArena::note_shortage(std::size_t num_pages) {
+  const std::size_t available = pool_.available();
+  const std::size_t num_free = pool_.stats().num_free;
+  shortage_ = num_pages - std::min(num_pages, num_pages > available ? available : num_free);
 }
 
 /// Have so many pages free or creatable, at the cost of what is parked and ahead.
@@ -319,7 +328,10 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   if (num_pages == 0) return;
   recycle_parked(num_pages);
   // Never below the watermark, and never at a live slot's cost: commit-ahead is a luxury.
-  if (pool_.available() < num_pages + config_.low_pages) return;
+  const std::size_t available = pool_.available();
+  if (available < num_pages || available + idle_.num_pages() < num_pages + config_.low_pages) {
+    return;
+  }
   entry.in_flight = true;
   lock.unlock();
   std::exception_ptr failure;

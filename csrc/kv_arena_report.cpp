@@ -68,7 +68,7 @@ std::size_t KVArena::last_shortage() {
 
 std::size_t KVArena::available_pages() {
   const Lock lock = enter();
-  return pool_.available();
+  return pool_.available() + pool_.stats().num_retired + idle_.num_pages();
 }
 
 void KVArena::check_invariants(const std::vector<PageId>& cached) {

@@ -165,9 +165,9 @@ void KVArena::cache_pages(std::uint32_t slot, const std::vector<std::size_t>& re
 
 std::size_t KVArena::uncache_pages(const std::vector<PageId>& pages) {
   const Lock lock = enter();
-  std::size_t num_freed = 0;
-  for (const PageId page : pages) num_freed += pool_.uncache(page) ? 1U : 0U;
-  return num_freed;
+  std::size_t num_unneeded = 0;
+  for (const PageId page : pages) num_unneeded += pool_.uncache(page) ? 1U : 0U;
+  return num_unneeded;
 }
 
 void KVArena::pin_pages(const std::vector<PageId>& pages) {

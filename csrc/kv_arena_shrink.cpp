@@ -90,15 +90,19 @@ void KVArena::settle() {
   }
 }
 
-/// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
-/// that is short only because of them had better try again after the step.
+/// Take pages back until `num_pages` are available: ahead first, which mostly need no fence. For
+/// parked ones those that wait for a fence count: a caller that is short only because of them had
+/// better try again after the step.
 void KVArena::make_available(std::size_t num_pages) {
   const PoolStats pool = pool_.stats();
-  const std::size_t coming = pool_.available() + pool.num_retired;
   // Above the cap, freed pages are destroyed: nothing is gained before the surplus is gone.
   const std::size_t surplus =
       pool.num_created > pool.max_pages ? pool.num_created - pool.max_pages : 0;
-  if (coming < num_pages + surplus) reclaim(num_pages + surplus - coming);
+  const std::size_t wanted = num_pages + surplus;
+  const std::size_t available = pool_.available();
+  if (available < wanted) reclaim_ahead(wanted - available);
+  const std::size_t coming = pool_.available() + pool_.stats().num_retired;
+  if (coming < wanted) reclaim_parked(wanted - coming);
 }
 
 /// Take back pages that no live row needs: ahead first, then parked; the number taken.

@@ -131,11 +131,9 @@ bool KVArena::acquire_group(Lock& lock, const SwappedGroup& group, std::vector<P
   bool any_used = false;
   std::vector<PageId> acquired(group.num_copies);
   wait_landed(lock);
-  if (is_closed_) throw ClosedError("this KV arena is closed");
   if (!make_room(acquired.size()) ||
       !pool_.try_acquire(acquired.size(), kNoPage, acquired.data(), &any_used)) {
-    const std::size_t available = pool_.available();
-    shortage_ = acquired.size() > available ? acquired.size() - available : 1;
+    note_shortage(acquired.size());
     return false;
   }
   try {

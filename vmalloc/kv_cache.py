@@ -63,7 +63,7 @@ class VirtualKVCache:
         self._driver = driver or make_driver(config)
         page_bytes = self._driver.page_bytes
         self._layout = plan_layout(config, page_bytes)
-        max_pages = config.capacity_bytes // page_bytes
+        self._max_pages = max_pages = config.capacity_bytes // page_bytes
         self._core_arena = _core.KVArena(
             self._driver,
             layers=[_core_spec(layer) for layer in config.layers],
@@ -135,11 +135,7 @@ class VirtualKVCache:
                 f"the hit was looked up under salt {hit.salt!r}; the group's is "
                 f"{group.cache_salt!r}"
             )
-        found = None if hit is None else self._prefixes.find(hit, group.num_tokens - 1)
-        slots = self._try_slots(group, found)
-        if slots is None and found is not None and self._arena.last_shortage() > 0:
-            found = None  # what it was found in is in the way; there is room once that is evicted
-            slots = self._try_slots(group, None)
+        found, slots = self._try_starts(group, hit)
         if slots is None:
             return None
         for seq_id, slot in zip(group.seq_ids, slots, strict=True):
@@ -153,6 +149,22 @@ class VirtualKVCache:
             for _ in group.seq_ids:
                 self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
         return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
+
+    def _try_starts(
+        self, group: SequenceGroupSpec, hit: PrefixHit | None
+    ) -> tuple[FoundPrefix | None, list[int] | None]:
+        """Admit with as much of the hit as there is room for."""
+        if hit is not None:
+            # Where its pages are in the way, there may be room once they can be evicted: first
+            # the one to copy the end from, which is needed beside the copy, then all of them.
+            for with_end in (True, False):
+                found = self._prefixes.find(hit, group.num_tokens - 1, with_end=with_end)
+                if found is None:
+                    continue
+                slots = self._try_slots(group, found)
+                if slots is not None or self._arena.last_shortage() == 0:
+                    return found, slots
+        return None, self._try_slots(group, None)
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
         reserved = reserved_tokens(self._config, group)
@@ -364,6 +376,7 @@ class VirtualKVCache:
         self._arena.resize(
             max_pages, _low_pages(self._config, max_pages), _high_pages(self._config, max_pages)
         )
+        self._max_pages = max_pages
         raw = self._arena.stats()
         if raw["created_pages"] > max_pages:
             self._prefixes.index.evict(raw["created_pages"] - max_pages)
@@ -451,15 +464,27 @@ class VirtualKVCache:
         if len(set(seq_ids)) != len(seq_ids):
             raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
 
+    def _note_peak(self) -> None:
+        # The arena's count has both slots of a sequence that moves.
+        self._peak_seqs = max(self._peak_seqs, len(self._slot_of))
+
     def _evicting(self, attempt: Callable[[], T]) -> T:
-        """Try until it works or nothing cached is left to evict for it; the last answer."""
+        """Try until it works or evicting does not help; the last answer."""
+        last_shortage = 0
         while True:
             answer = attempt()
             if answer is not None and answer is not False:
                 return answer
             shortage = self._core_arena.last_shortage()
-            if shortage == 0 or self._prefixes.index.evict(shortage) == 0:
+            # As short as before: a kernel may still read what was evicted, so it comes later.
+            if shortage in (0, last_shortage) or not self._can_evict(shortage):
                 return answer
+            self._prefixes.index.evict(shortage)
+            last_shortage = shortage
+
+    def _can_evict(self, num_pages: int) -> bool:
+        """Whether so much is merely cached: what is not enough is not given up for nothing."""
+        return self._core_arena.stats()["cached_pages"] >= num_pages
 
     def _prepare_write(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
         """Copy what the new rows would share. A sequence may move to another slot by it."""
@@ -478,7 +503,7 @@ class VirtualKVCache:
         """Evict what was not used for longest, so that the worker finds pages to commit ahead."""
         config, page_bytes = self._config, self._layout.page_bytes
         num_ahead = len(self._slot_of) * (config.commit_ahead_tokens + 1) * config.token_bytes
-        max_pages = config.capacity_bytes // page_bytes
+        max_pages = self._max_pages
         wanted = (
             _low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
         )
