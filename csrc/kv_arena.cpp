@@ -354,7 +354,7 @@ void KVArena::free(const std::int64_t* slots, std::size_t count) {
   ++num_calls_;
   for (std::size_t i = 0; i < count; ++i) live_slot_once(slots[i]);
   // A slot with shared pages is emptied, and nothing may come to lie behind them meanwhile.
-  landed_.wait(lock, [&] {
+  wait(lock, [&] {
     return std::none_of(slots, slots + count, [this](std::int64_t slot) {
       const Slot& entry = slots_[static_cast<std::size_t>(slot)];
       return entry.in_flight && entry.shared_rows > 0;

@@ -19,6 +19,7 @@
 
 #include "commit_worker.h"
 #include "driver.h"
+#include "error.h"
 #include "fork_guard.h"
 #include "idle_slots.h"
 #include "layer_group.h"
@@ -266,6 +267,8 @@ class KVArena {
   void post(std::uint32_t slot);
   void commit_ahead(std::uint32_t slot);
   [[nodiscard]] bool any_in_flight() const;
+  template <typename Condition>
+  void wait(Lock& lock, Condition condition);
   void wait_landed(Lock& lock);
   void poll_fences();
   void note_peak();
@@ -305,5 +308,13 @@ class KVArena {
   ArenaStats totals_;  // the running sums and peaks; the rest is filled in by stats()
   std::shared_ptr<CommitWorker> worker_;  // last: its thread uses all of the above
 };
+
+/// Until a growth of the worker's landed and `condition` holds. Throws ClosedError if another
+/// thread closed the arena meanwhile.
+template <typename Condition>
+void KVArena::wait(Lock& lock, Condition condition) {
+  landed_.wait(lock, condition);
+  if (is_closed_) throw ClosedError("this KV arena is closed");
+}
 
 }  // namespace vmalloc

@@ -179,11 +179,10 @@ bool KVArena::any_in_flight() const {
 bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
   const StallTimer timer(&totals_.stall_us);
   for (;;) {
-    landed_.wait(lock, [&] {
+    wait(lock, [&] {
       return std::none_of(slots.begin(), slots.end(),
                           [this](std::uint32_t slot) { return slots_[slot].in_flight; });
     });
-    if (is_closed_) throw ClosedError("this KV arena is closed");
     // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
     poll_fences();
     std::vector<Growth> growths;
@@ -349,7 +348,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
 }
 
 void KVArena::wait_landed(Lock& lock) {
-  landed_.wait(lock, [this] { return !any_in_flight(); });
+  wait(lock, [this] { return !any_in_flight(); });
 }
 
 void KVArena::wait_worker() {

@@ -15,13 +15,18 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
     throw ConfigError(with_limit(
         "num_rows", num_rows, "at most the rows the slot has, " + std::to_string(entry.num_rows)));
   }
-  landed_.wait(lock, [&entry] { return !entry.in_flight; });
+  wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
   // Shared pages are no use as pages ahead: they cannot be written.
   const bool is_shared = num_rows < entry.shared_rows;
   const std::size_t ahead = is_shared ? 0 : config_.ahead_rows;
-  drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
-            SIZE_MAX);
+  try {
+    drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
+              SIZE_MAX);
+  } catch (const DriverError&) {
+    // The rows are gone all the same: what could not be unmapped is retired, and settling tries
+    // again.
+  }
 }
 
 /// Retire pages from the slot's tail that rows [0, keep_rows) do not need, at most `max_pages`;

@@ -8,6 +8,7 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from types import TracebackType
@@ -27,7 +28,7 @@ from .backend import (
     Step,
 )
 from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
-from .errors import ConfigError
+from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
@@ -217,13 +218,18 @@ class VirtualKVCache:
         # Spare clean slots take what is built, so that nothing is mapped anew under a kernel that
         # may still run.
         moved: dict[int, int] = {}
-        for parent, children in plan.built.items():
-            fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
-            forked = self._evicting(fork)
-            if forked is None:
-                self._arena.free(list(moved.values()))
-                return False
-            moved.update(zip(children, forked, strict=True))
+        is_built = False
+        try:
+            for parent, children in plan.built.items():
+                fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
+                forked = self._evicting(fork)
+                if forked is None:
+                    return False
+                moved.update(zip(children, forked, strict=True))
+            is_built = True
+        finally:
+            if not is_built:
+                self._core_arena.free(list(moved.values()))
         moved.update({child: slots[parent] for parent, child in plan.stays.items()})
         was_cut = [seq_id in self._cut for seq_id in seq_ids]
         for child, seq_id in enumerate(seq_ids):
@@ -295,7 +301,12 @@ class VirtualKVCache:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
             self._slot_of[seq_id] = slot
-            self._prefixes.resume(seq_id, slot)
+            # It may end in a page that others hold, or that could not be made its own.
+            self._cut.add(seq_id)
+        self._note_peak()
+        for seq_id, slot in zip(swapped.left, slots, strict=True):
+            with suppress(DriverError):  # it is back; its next tokens offer the rest again
+                self._prefixes.resume(seq_id, slot)
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
