@@ -142,6 +142,9 @@ class KVArena {
 
   /// Copy what swapped-out groups hold and no slot uses any more, as far as the swap space goes.
   void swap_out_held();
+  /// Pages to copy if all live slots are swapped out together and nothing stays held but what is
+  /// pinned: each group that holds a page needs a copy of its own.
+  [[nodiscard]] std::size_t num_copies_to_sleep();
 
   /// Keep cached pages from eviction; undone by unpin_pages.
   void pin_pages(const std::vector<PageId>& pages);

@@ -177,6 +177,25 @@ void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
   }
 }
 
+std::size_t KVArena::num_copies_to_sleep() {
+  const Lock lock = enter();
+  std::set<PageId> live;
+  for (const Slot& slot : slots_) {
+    if (slot.state != SlotState::kLive) continue;
+    for (std::size_t r = 0; r < regions_.size(); ++r) {
+      const std::vector<PageId>& pages = slot.regions[r].pages;
+      const std::size_t needed = pages_needed(r, slot.committed_rows());
+      live.insert(pages.begin(), pages.begin() + static_cast<std::ptrdiff_t>(needed));
+    }
+  }
+  const auto is_copied = [this](PageId page) { return page != kNoPage && !pinned_.count(page); };
+  auto num_copies = std::count_if(live.begin(), live.end(), is_copied);
+  for (const auto& [id, group] : swapped_) {
+    num_copies += std::count_if(group.held.begin(), group.held.end(), is_copied);
+  }
+  return static_cast<std::size_t>(num_copies);
+}
+
 void KVArena::swap_out_held() {
   Lock lock = enter();
   wait_landed(lock);

@@ -296,7 +296,7 @@ class VirtualKVCache:
         return True
 
     def _swap_in(self, swapped: SwappedGroup) -> bool:
-        slots = self._evicting(partial(self._arena.try_swap_in, swapped.group))
+        slots = self._evicting(partial(self._core_arena.try_swap_in, swapped.group))
         if slots is None:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
@@ -398,17 +398,17 @@ class VirtualKVCache:
         raw = self._arena.stats()
         if raw["committed_pages"] > raw["max_pages"]:
             return False  # after a resize to less: they could not come back
-        num_to_copy = raw["committed_pages"] - self._prefixes.index.stats().pinned_pages
-        if num_to_copy * raw["page_bytes"] > self._config.swap_bytes - raw["swapped_bytes"]:
+        num_bytes = self._arena.num_copies_to_sleep() * raw["page_bytes"]
+        if num_bytes > self._config.swap_bytes - raw["swapped_bytes"]:
             return False
         if live:
             self._sleeping = self._swap_out(live)
             if self._sleeping is None:
                 return False
-        self._arena.swap_out_held()
+        self._is_asleep = True  # whatever the driver throws from here on, waking undoes it
+        self._core_arena.swap_out_held()
         self._prefixes.index.flush()
-        self._arena.trim(0)
-        self._is_asleep = True
+        self._core_arena.trim(0)
         return True
 
     def try_wake(self) -> bool:
