@@ -425,6 +425,7 @@ void KVArena::end_step(Epoch epoch, Stream stream) {
   fences_.emplace_back(epoch, driver_->record_fence(stream));
   poll_fences();
   ++totals_.num_steps;
+  note_peak();
   totals_.live_byte_steps += static_cast<double>(num_live_bytes());
   totals_.committed_byte_steps += static_cast<double>(num_committed() * totals_.page_bytes);
   give_back_above_high();

@@ -46,6 +46,7 @@ std::size_t KVArena::max_slot_rows() {
 
 ArenaStats KVArena::stats() {
   const Lock lock = enter();
+  note_peak();
   ArenaStats stats = totals_;
   stats.pool = pool_.stats();
   stats.driver = driver_->counters();

@@ -177,6 +177,7 @@ void KVArena::pin_pages(const std::vector<PageId>& pages) {
     check_invariant(pool_.try_hold(page), "a page is pinned that nobody refers to");
     ++pinned_[page];
   }
+  note_peak();
 }
 
 void KVArena::unpin_pages(const std::vector<PageId>& pages) {

@@ -87,6 +87,7 @@ class VirtualKVCache:
         self._cut: set[int] = set()
         self._swapped = SwappedGroups()
         self._prefixes = SlotPrefixes(self._core_arena, self._layout)
+        self._peak_seqs = 0
         self._is_asleep = False
         self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
@@ -145,6 +146,7 @@ class VirtualKVCache:
             if group.cache_salt is not None and self._config.prefix_caching:
                 node = None if found is None else found.node
                 self._prefixes.start(seq_id, group.cache_salt, node)
+        self._note_peak()
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
             for _ in group.seq_ids:
@@ -210,6 +212,7 @@ class VirtualKVCache:
             self._slot_of[child_id] = slot
             self._len_of[child_id] = num_rows
             self._prefixes.copy(parent_id, child_id, num_rows)
+        self._note_peak()
         return True
 
     def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
@@ -377,7 +380,7 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        return virtual_stats(self._core_arena.stats())
+        return virtual_stats(self._core_arena.stats(), self._peak_seqs)
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
@@ -415,11 +418,10 @@ class VirtualKVCache:
         if not self._is_asleep:
             self._core_arena.available_pages()  # a closed one is neither
             return True
-        self._is_asleep = False
         if self._sleeping is not None and not self._swap_in(self._sleeping):
-            self._is_asleep = True
             return False
         self._sleeping = None
+        self._is_asleep = False
         return True
 
     def check_invariants(self) -> None:
