@@ -8,6 +8,7 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from types import TracebackType
@@ -27,7 +28,7 @@ from .backend import (
     Step,
 )
 from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
-from .errors import ConfigError
+from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
@@ -298,15 +299,17 @@ class VirtualKVCache:
         return True
 
     def _swap_in(self, swapped: SwappedGroup) -> bool:
-        slots = self._evicting(partial(self._arena.try_swap_in, swapped.group))
+        slots = self._evicting(partial(self._core_arena.try_swap_in, swapped.group))
         if slots is None:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
             self._slot_of[seq_id] = slot
             # It may end in a page that others hold, or that could not be made its own.
             self._cut.add(seq_id)
-            self._prefixes.resume(seq_id, slot)
         self._note_peak()
+        for seq_id, slot in zip(swapped.left, slots, strict=True):
+            with suppress(DriverError):  # it is back; its next tokens offer the rest again
+                self._prefixes.resume(seq_id, slot)
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
@@ -415,11 +418,10 @@ class VirtualKVCache:
         if not self._is_asleep:
             self._core_arena.available_pages()  # a closed one is neither
             return True
-        self._is_asleep = False
         if self._sleeping is not None and not self._swap_in(self._sleeping):
-            self._is_asleep = True
             return False
         self._sleeping = None
+        self._is_asleep = False
         return True
 
     def check_invariants(self) -> None:
