@@ -316,15 +316,23 @@ class TestPeaks:
         assert stats.live_bytes <= stats.peak_live_bytes
 
 
-def test_sleep_is_refused_where_a_page_of_two_groups_needs_two_copies():
-    engine = FaultyEngine(swap_bytes=8 * PAGE)
+@pytest.mark.parametrize("num_pages", [5, 6])
+def test_sleepers_and_a_group_that_holds_their_pages_share_the_copies(num_pages):
+    engine = FaultyEngine(swap_bytes=num_pages * PAGE)
     engine.admit(0, [1] * (6 * ROWS))
     engine.fork(0, 1)
     assert engine.swap_out(1)  # holds the six pages of the other
     before = books(engine.cache)
-    assert not engine.cache.try_sleep()  # six copies for each of the two
-    assert books(engine.cache) == before
-    engine.check(0)
+    if num_pages < 6:
+        assert not engine.cache.try_sleep()
+        assert books(engine.cache) == before
+    else:
+        assert engine.cache.try_sleep()
+        assert engine.cache.stats().created_pages == 0
+        assert engine.cache.try_wake()
+    assert engine.swap_in(1)
+    engine.check(0, 1)
+    assert engine.cache.stats().swapped_bytes == 0
 
 
 def test_a_hit_whose_end_does_not_fit_keeps_its_full_pages():
