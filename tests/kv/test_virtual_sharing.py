@@ -263,20 +263,23 @@ class TestFaultsInMidCall:
     def test_closing_while_a_swap_waits_for_the_worker_is_reported(self):
         engine = FaultyEngine(commit_ahead_tokens=20)
         engine.driver.delay_maps(100_000)
+        engine.driver.fail_call(0, _core.Fault.NONE)
         engine.cache.try_admit(SequenceGroupSpec((0,), 4))
-        errors = []
+        while engine.driver.num_calls() <= 2:  # a page, a mapping; then the worker's
+            pass
+        outcomes = []
 
         def swap_out():
             try:
-                engine.cache.try_swap_out([0])
+                outcomes.append(engine.cache.try_swap_out([0]))  # the worker was done before
             except ClosedError as error:
-                errors.append(error)
+                outcomes.append(error)
 
         thread = threading.Thread(target=swap_out)
         thread.start()
         engine.cache.close()
         thread.join()
-        assert errors
+        assert outcomes
 
 
 class TestPeaks:
