@@ -313,6 +313,9 @@ void KVArena::adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_wa
   ++num_live_;
   update_limits(entry);
   set_rows(entry, num_rows);
+  if (num_mapped(entry) > slot_pages_needed(rows_to_keep(entry)) && entry.last_use <= completed_) {
+    surplus_.insert(slot);
+  }
   if (num_rows + config_.ahead_rows > entry.ready_rows) post(slot);
 }
 

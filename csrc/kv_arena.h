@@ -227,7 +227,10 @@ class KVArena {
   std::size_t reclaim(std::size_t num_pages);
   std::size_t reclaim_ahead(std::size_t num_pages);
   std::size_t reclaim_parked(std::size_t num_pages);
-  void recycle_parked(std::size_t num_pages);
+  void recycle(std::size_t num_pages);
+  std::size_t recycle_parked(std::size_t num_pages);
+  void recycle_surplus(std::size_t num_pages);
+  [[nodiscard]] std::size_t rows_to_keep(const Slot& slot) const;
   [[nodiscard]] bool has_room(std::size_t num_pages, std::size_t num_kept_free) const;
   [[nodiscard]] std::size_t watermark() const { return num_live_ > 0 ? config_.low_pages : 0; }
   void give_back_above_cap();
@@ -292,6 +295,7 @@ class KVArena {
   std::vector<Slot> slots_;
   IdleSlots idle_;
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
+  std::set<std::uint32_t> surplus_;  // live slots that may have more pages than they need soon
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;

@@ -237,7 +237,7 @@ void KVArena::note_shortage(std::size_t num_pages) {
 
 /// Have so many pages free or creatable, at the cost of what is parked and ahead.
 bool KVArena::make_room(std::size_t num_pages) {
-  recycle_parked(num_pages);
+  recycle(num_pages);
   if (pool_.available() < num_pages) make_available(num_pages);
   return pool_.available() >= num_pages;
 }
@@ -325,7 +325,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   std::vector<Growth> growths;
   const std::size_t num_pages = plan(slot, target, &growths);
   if (num_pages == 0) return;
-  recycle_parked(num_pages);
+  recycle(num_pages);
   // Never below the watermark, and never at a live slot's cost: commit-ahead is a luxury.
   const std::size_t available = pool_.available();
   if (available < num_pages || available + idle_.num_pages() < num_pages + config_.low_pages) {

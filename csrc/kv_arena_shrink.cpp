@@ -141,23 +141,56 @@ std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
   return num_reclaimed;
 }
 
-/// Make free pages out of parked ones, so that growth need not create any: moving a page is cheaper
-/// than making one, and memory follows what is needed at once. Leaves the slot that a
-/// coming sequence is promised, and pages that a kernel may still read.
-void KVArena::recycle_parked(std::size_t num_pages) {
+/// Make free pages out of ones that nobody is about to need, so that growth need not create any:
+/// moving a page is cheaper than making one, and memory follows what is needed at once.
+void KVArena::recycle(std::size_t num_pages) {
   const std::size_t num_free = pool_.stats().num_free;
   if (num_pages <= num_free) return;
   const std::size_t missing = num_pages - num_free;
+  const std::size_t num_parked = recycle_parked(missing);
+  if (num_parked < missing) recycle_surplus(missing - num_parked);
+}
+
+/// Parked pages, but for those of the slot that a coming sequence is promised, and those that a
+/// kernel may still read; the number taken.
+std::size_t KVArena::recycle_parked(std::size_t num_pages) {
   std::size_t num_recycled = 0;
   idle_.visit_oldest([&](std::uint32_t slot) {
-    if (num_recycled >= missing) return false;
+    if (num_recycled >= num_pages) return false;
     const Slot& entry = slots_[slot];
     if (!entry.in_flight && entry.wanted_rows == 0 && entry.last_use <= completed_) {
-      num_recycled += drop_tail(slot, 0, missing - num_recycled);
+      num_recycled += drop_tail(slot, 0, num_pages - num_recycled);
     }
     return true;
   });
   totals_.reclaimed_pages += num_recycled;
+  return num_recycled;
+}
+
+/// What warm slots have beyond the commit-ahead of the sequences that adopted them.
+void KVArena::recycle_surplus(std::size_t num_pages) {
+  std::size_t num_recycled = 0;
+  for (auto it = surplus_.begin(); it != surplus_.end() && num_recycled < num_pages;) {
+    const Slot& entry = slots_[*it];
+    if (entry.in_flight) {
+      ++it;
+      continue;
+    }
+    std::size_t num_dropped = 0;
+    const std::size_t missing = num_pages - num_recycled;
+    if (entry.state == SlotState::kLive) {
+      num_dropped = drop_tail(*it, rows_to_keep(entry), missing);
+    }
+    num_recycled += num_dropped;
+    if (num_dropped < missing) it = surplus_.erase(it);  // it has no more
+  }
+  totals_.reclaimed_pages += num_recycled;
+}
+
+/// Rows that the slot needs backed now, and soon.
+std::size_t KVArena::rows_to_keep(const Slot& slot) const {
+  const std::size_t num_rows = std::max(slot.committed_rows(), slot.wanted_rows);
+  return std::min(num_rows + config_.ahead_rows, config_.max_rows);
 }
 
 /// After a resize to less: parked pages leave first.

@@ -230,11 +230,11 @@ SWAPPING = [
         "group.status, group.pending_parents = GroupStatus.SWAPPED, None",
     ),
     _mutation(
-        "engine: a dropped sequence counts as computed",
+        "engine: a sequence that comes back forks one token too far",
         RECOMPUTE,
-        "engine/sequence_group.py",
-        "seq.num_computed_tokens = seq.num_rows = 0",
-        "seq.num_rows = 0",
+        "engine/group_memory.py",
+        "common = min(common_prefix(child, other), child",
+        "common = min(common_prefix(child, other) + 1, child",
     ),
 ]
 
@@ -262,11 +262,11 @@ PREFIX_INDEX = [
         "int(own[0]), tail[1] - 1)",
     ),
     _mutation(
-        "virtual: a tail that was found is not copied to the end",
+        "virtual: a hit starts with one row less than it says",
         PREFIXES,
-        "csrc/kv_arena_grow.cpp",
-        "prefix->num_rows * regions_[r]->row_bytes() -\n",
-        "(prefix->num_rows - 1) * regions_[r]->row_bytes() -\n",
+        "vmalloc/slot_prefixes.py",
+        "start = self._start(num_tokens, pages)",
+        "start = self._start(max(1, num_tokens - 1), pages)",
     ),
 ]
 

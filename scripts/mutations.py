@@ -70,6 +70,7 @@ class Scratch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._build = folder / "build"
+        self._intact = folder / "intact"
         for name in COPIED:
             _copy_changed(ROOT / name, folder / name)
 
@@ -102,6 +103,12 @@ class Scratch:
             shutil.copy2(library, self.folder / "vmalloc" / library.name)
         return None
 
+    def keep_core(self) -> None:
+        """Remember the core as it is now, for ``restore``."""
+        self._intact.mkdir(exist_ok=True)
+        for library in self._build.glob("_core*.so"):
+            shutil.copy2(library, self._intact / library.name)
+
     def test(self, *names: str) -> subprocess.CompletedProcess[str]:
         """Run tests."""
         return self._call([sys.executable, "-c", RUN_PYTEST, *names], TEST_SECONDS)
@@ -116,9 +123,14 @@ class Scratch:
             path.write_text(text.replace(edit.old, edit.new))
 
     def restore(self, edits: tuple[Edit, ...]) -> None:
-        """Undo the edits. The files become newer, so that what was built of them is built again."""
+        """Undo the edits; the next test must not run on a core that was built with them.
+
+        The files become newer, so the next build builds them again.
+        """
         for edit in edits:
             (self.folder / edit.path).write_text((ROOT / edit.path).read_text())
+        for library in self._intact.glob("_core*.so"):
+            shutil.copy2(library, self.folder / "vmalloc" / library.name)
 
     def _call(self, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
@@ -213,6 +225,7 @@ def main(
             console.print(failure, markup=False)
             console.print("The source as it is does not build, or its tests fail.")
             raise typer.Exit(2)
+        scratch.keep_core()
         progress.advance(task)
         for mutation in chosen:
             progress.update(task, description=mutation.name)

@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -92,6 +92,12 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
+
+
+@cache
+def make_reference(tiny_model: Callable[[str], Any]) -> Reference:
+    """The same one for all files of a test run: they ask for much the same."""
+    return Reference(tiny_model)
 
 
 class Reference:

@@ -23,6 +23,7 @@ from tests.engine.agreement import (
     assert_agree,
     assert_shared,
     chosen_logprobs,
+    make_reference,
     run,
     run_alone,
     with_common_starts,
@@ -41,7 +42,7 @@ def engines(tiny_model: Any) -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Any) -> Reference:
-    return Reference(tiny_model)
+    return make_reference(tiny_model)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -17,6 +17,7 @@ from tests.engine.agreement import (
     Reference,
     assert_agree,
     assert_shared,
+    make_reference,
     run,
     with_common_starts,
     workload,
@@ -33,7 +34,7 @@ def engines(tiny_model: Any) -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Any) -> Reference:
-    return Reference(tiny_model)
+    return make_reference(tiny_model)
 
 
 def preempting(seed: int, preempted: Counter[str]) -> Callable[[LLMEngine], None]:
