@@ -56,6 +56,9 @@ soak:
 bench: build
 	$(BIN)/python benchmarks/alloc.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/sharing.py
+	$(BIN)/python benchmarks/waste.py
+	$(BIN)/python benchmarks/preemption.py
 
 build: $(VENV)/.built
 

@@ -347,6 +347,7 @@ void bind_arena(py::module_& m) {
       .def("try_swap_in", &KVArena::try_swap_in, py::arg("group"), NoGil())
       .def("drop_swapped", &KVArena::drop_swapped, py::arg("group"), py::arg("idx"), NoGil())
       .def("swap_out_held", &KVArena::swap_out_held, NoGil())
+      .def("num_copies_to_sleep", &KVArena::num_copies_to_sleep, NoGil())
       .def("pin_pages", &KVArena::pin_pages, py::arg("pages"), NoGil())
       .def("unpin_pages", &KVArena::unpin_pages, py::arg("pages"), NoGil())
       .def("last_shortage", &KVArena::last_shortage, NoGil())

@@ -276,12 +276,12 @@ std::uint32_t KVArena::take_clean_slot() {
     const Slot& entry = slots_[slot];
     if (entry.in_flight) return true;
     const bool was_warm = num_mapped(entry) > 0;
+    if (was_warm && entry.last_use > completed_) return true;  // a kernel may still read it
     if (was_warm) drop_tail(slot, 0, SIZE_MAX);
     const bool is_clean = std::all_of(entry.regions.begin(), entry.regions.end(),
                                       [](const SlotPages& mapped) { return mapped.pages.empty(); });
     if (is_clean) found = slot;
-    // One warm slot at most is given up: if a kernel may still read it, so it may all of them.
-    return !is_clean && !was_warm;
+    return !is_clean && !was_warm;  // one warm slot at most is given up
   });
   if (found == kNoSlot) return kNoSlot;
   idle_.erase(found);
@@ -313,6 +313,9 @@ void KVArena::adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_wa
   ++num_live_;
   update_limits(entry);
   set_rows(entry, num_rows);
+  if (num_mapped(entry) > slot_pages_needed(rows_to_keep(entry)) && entry.last_use <= completed_) {
+    surplus_.insert(slot);
+  }
   if (num_rows + config_.ahead_rows > entry.ready_rows) post(slot);
 }
 
@@ -354,7 +357,7 @@ void KVArena::free(const std::int64_t* slots, std::size_t count) {
   ++num_calls_;
   for (std::size_t i = 0; i < count; ++i) live_slot_once(slots[i]);
   // A slot with shared pages is emptied, and nothing may come to lie behind them meanwhile.
-  landed_.wait(lock, [&] {
+  wait(lock, [&] {
     return std::none_of(slots, slots + count, [this](std::int64_t slot) {
       const Slot& entry = slots_[static_cast<std::size_t>(slot)];
       return entry.in_flight && entry.shared_rows > 0;
@@ -425,6 +428,7 @@ void KVArena::end_step(Epoch epoch, Stream stream) {
   fences_.emplace_back(epoch, driver_->record_fence(stream));
   poll_fences();
   ++totals_.num_steps;
+  note_peak();
   totals_.live_byte_steps += static_cast<double>(num_live_bytes());
   totals_.committed_byte_steps += static_cast<double>(num_committed() * totals_.page_bytes);
   give_back_above_high();

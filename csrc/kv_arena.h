@@ -19,6 +19,7 @@
 
 #include "commit_worker.h"
 #include "driver.h"
+#include "error.h"
 #include "fork_guard.h"
 #include "idle_slots.h"
 #include "layer_group.h"
@@ -126,7 +127,8 @@ class KVArena {
   /// Refer to such pages from outside (the prefix index); they outlive the slot.
   void cache_pages(std::uint32_t slot, const std::vector<std::size_t>& regions,
                    const std::vector<std::size_t>& page_idxs);
-  /// Drop such references; the number of pages that are free by it.
+  /// Drop such references; the number of pages that nobody needs any more: they are free, now or
+  /// once the kernels that may still read them are done.
   std::size_t uncache_pages(const std::vector<PageId>& pages);
 
   /// Copy the pages of a group of slots to host memory, each once, and free the slots; a name for
@@ -140,6 +142,9 @@ class KVArena {
 
   /// Copy what swapped-out groups hold and no slot uses any more, as far as the swap space goes.
   void swap_out_held();
+  /// Pages to copy if all live slots are swapped out together and nothing stays held but what is
+  /// pinned.
+  [[nodiscard]] std::size_t num_copies_to_sleep();
 
   /// Keep cached pages from eviction; undone by unpin_pages.
   void pin_pages(const std::vector<PageId>& pages);
@@ -158,7 +163,8 @@ class KVArena {
   [[nodiscard]] std::size_t max_slot_rows();  ///< most rows one slot could ever get
   /// Pages by which the last call that failed was short; 0 if it failed for another reason.
   [[nodiscard]] std::size_t last_shortage();
-  [[nodiscard]] std::size_t available_pages();  ///< free, or creatable under the cap
+  /// Pages that can be had without eviction: free, creatable, parked, or waiting for a fence.
+  [[nodiscard]] std::size_t available_pages();
   [[nodiscard]] std::shared_ptr<Region> region(std::size_t index) const {
     return regions_.at(index);
   }
@@ -203,11 +209,13 @@ class KVArena {
   [[nodiscard]] bool grow(Lock& lock, const std::vector<std::uint32_t>& slots);
   [[nodiscard]] std::size_t plan(std::uint32_t slot, std::size_t num_rows,
                                  std::vector<Growth>* plan) const;
-  [[nodiscard]] bool acquire_and_map(std::vector<Growth>& plan);
+  enum class Outcome { kDone, kNoPages, kNoMappings };
+  [[nodiscard]] Outcome acquire_and_map(std::vector<Growth>& plan);
   void share_pages(Growth& growth);
   void undo(std::vector<Growth>& plan) noexcept;
-  [[nodiscard]] bool try_growths(std::vector<Growth>& growths, std::size_t num_pages);
+  [[nodiscard]] Outcome try_growths(std::vector<Growth>& growths, std::size_t num_pages);
   [[nodiscard]] bool make_room(std::size_t num_pages);
+  void note_shortage(std::size_t num_pages);
   std::size_t publish(const std::vector<Growth>& plan);
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 
@@ -219,7 +227,10 @@ class KVArena {
   std::size_t reclaim(std::size_t num_pages);
   std::size_t reclaim_ahead(std::size_t num_pages);
   std::size_t reclaim_parked(std::size_t num_pages);
-  void recycle_parked(std::size_t num_pages);
+  void recycle(std::size_t num_pages);
+  std::size_t recycle_parked(std::size_t num_pages);
+  void recycle_surplus(std::size_t num_pages);
+  [[nodiscard]] std::size_t rows_to_keep(const Slot& slot) const;
   [[nodiscard]] bool has_room(std::size_t num_pages, std::size_t num_kept_free) const;
   [[nodiscard]] std::size_t watermark() const { return num_live_ > 0 ? config_.low_pages : 0; }
   void give_back_above_cap();
@@ -263,6 +274,8 @@ class KVArena {
   void post(std::uint32_t slot);
   void commit_ahead(std::uint32_t slot);
   [[nodiscard]] bool any_in_flight() const;
+  template <typename Condition>
+  void wait(Lock& lock, Condition condition);
   void wait_landed(Lock& lock);
   void poll_fences();
   void note_peak();
@@ -282,6 +295,7 @@ class KVArena {
   std::vector<Slot> slots_;
   IdleSlots idle_;
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
+  std::set<std::uint32_t> surplus_;  // live slots that may have more pages than they need soon
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
@@ -302,5 +316,13 @@ class KVArena {
   ArenaStats totals_;  // the running sums and peaks; the rest is filled in by stats()
   std::shared_ptr<CommitWorker> worker_;  // last: its thread uses all of the above
 };
+
+/// Until a growth of the worker's landed and `condition` holds. Throws ClosedError if another
+/// thread closed the arena meanwhile.
+template <typename Condition>
+void KVArena::wait(Lock& lock, Condition condition) {
+  landed_.wait(lock, condition);
+  if (is_closed_) throw ClosedError("this KV arena is closed");
+}
 
 }  // namespace vmalloc

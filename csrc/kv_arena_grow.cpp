@@ -66,7 +66,7 @@ std::size_t KVArena::plan(std::uint32_t slot, std::size_t num_rows,
   return total;
 }
 
-bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
+KVArena::Outcome KVArena::acquire_and_map(std::vector<Growth>& plan) {
   try {
     std::vector<PageHandle> handles;
     for (Growth& growth : plan) {
@@ -77,7 +77,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
         std::vector<PageId> pages(growth.num_pages);
         if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
           undo(plan);
-          return false;
+          return Outcome::kNoPages;
         }
         growth.pages = std::move(pages);
       }
@@ -88,7 +88,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
       if (!driver_->try_map(address, handles.data(), handles.size(),
                             is_protected ? Access::kReadOnly : Access::kReadWrite)) {
         undo(plan);
-        return false;
+        return Outcome::kNoMappings;
       }
       growth.is_mapped = true;
       if (config_.zero_on_reuse && any_used) {
@@ -102,7 +102,7 @@ bool KVArena::acquire_and_map(std::vector<Growth>& plan) {
     undo(plan);
     throw;
   }
-  return true;
+  return Outcome::kDone;
 }
 
 /// Take a reference to every page that the growth maps a further time.
@@ -179,11 +179,10 @@ bool KVArena::any_in_flight() const {
 bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
   const StallTimer timer(&totals_.stall_us);
   for (;;) {
-    landed_.wait(lock, [&] {
+    wait(lock, [&] {
       return std::none_of(slots.begin(), slots.end(),
                           [this](std::uint32_t slot) { return slots_[slot].in_flight; });
     });
-    if (is_closed_) throw ClosedError("this KV arena is closed");
     // Before planning, never after: settling unmaps retired tails, and a plan starts behind them.
     poll_fences();
     std::vector<Growth> growths;
@@ -192,7 +191,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
       num_pages += plan(slot, slots_[slot].wanted_rows, &growths);
     }
     if (growths.empty()) break;
-    if (try_growths(growths, num_pages)) {
+    const Outcome outcome = try_growths(growths, num_pages);
+    if (outcome == Outcome::kDone) {
       totals_.critical_pages += num_pages;
       break;
     }
@@ -203,8 +203,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
       continue;
     }
     if (!any_in_flight()) {
-      const std::size_t available = pool_.available();
-      shortage_ = num_pages > available ? num_pages - available : 1;
+      // What could be evicted is mapped nowhere: it would make no room for a mapping.
+      if (outcome == Outcome::kNoPages) note_shortage(num_pages);
       return false;
     }
     wait_landed(lock);
@@ -213,23 +213,31 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
   return true;
 }
 
-/// Make room for the planned growths, map and publish them; or none, and false.
-bool KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
-  if (!make_room(num_pages)) return false;
-  bool is_mapped = false;
+/// Make room for the planned growths, map and publish them; or none.
+KVArena::Outcome KVArena::try_growths(std::vector<Growth>& growths, std::size_t num_pages) {
+  if (!make_room(num_pages)) return Outcome::kNoPages;
+  Outcome outcome{};
   try {
-    is_mapped = acquire_and_map(growths);
+    outcome = acquire_and_map(growths);
   } catch (...) {
     publish(growths);
     throw;
   }
   publish(growths);
-  return is_mapped;
+  return outcome;
+}
+
+/// Note by how many pages a call is short that needs `num_pages`: those that may not be created, or
+/// that the driver would not create.
+void KVArena::note_shortage(std::size_t num_pages) {
+  const std::size_t available = pool_.available();
+  const std::size_t num_free = pool_.stats().num_free;
+  shortage_ = num_pages - std::min(num_pages, num_pages > available ? available : num_free);
 }
 
 /// Have so many pages free or creatable, at the cost of what is parked and ahead.
 bool KVArena::make_room(std::size_t num_pages) {
-  recycle_parked(num_pages);
+  recycle(num_pages);
   if (pool_.available() < num_pages) make_available(num_pages);
   return pool_.available() >= num_pages;
 }
@@ -317,9 +325,12 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   std::vector<Growth> growths;
   const std::size_t num_pages = plan(slot, target, &growths);
   if (num_pages == 0) return;
-  recycle_parked(num_pages);
+  recycle(num_pages);
   // Never below the watermark, and never at a live slot's cost: commit-ahead is a luxury.
-  if (pool_.available() < num_pages + config_.low_pages) return;
+  const std::size_t available = pool_.available();
+  if (available < num_pages || available + idle_.num_pages() < num_pages + config_.low_pages) {
+    return;
+  }
   entry.in_flight = true;
   lock.unlock();
   std::exception_ptr failure;
@@ -337,7 +348,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
 }
 
 void KVArena::wait_landed(Lock& lock) {
-  landed_.wait(lock, [this] { return !any_in_flight(); });
+  wait(lock, [this] { return !any_in_flight(); });
 }
 
 void KVArena::wait_worker() {

@@ -46,6 +46,7 @@ std::size_t KVArena::max_slot_rows() {
 
 ArenaStats KVArena::stats() {
   const Lock lock = enter();
+  note_peak();
   ArenaStats stats = totals_;
   stats.pool = pool_.stats();
   stats.driver = driver_->counters();
@@ -68,7 +69,7 @@ std::size_t KVArena::last_shortage() {
 
 std::size_t KVArena::available_pages() {
   const Lock lock = enter();
-  return pool_.available();
+  return pool_.available() + pool_.stats().num_retired + idle_.num_pages();
 }
 
 void KVArena::check_invariants(const std::vector<PageId>& cached) {

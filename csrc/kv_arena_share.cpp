@@ -124,7 +124,7 @@ std::optional<std::uint32_t> KVArena::prepare_write(std::uint32_t slot) {
   shortage_ = 0;
   Slot& entry = slots_[live_slot(slot)];
   if (entry.num_rows >= entry.shared_rows) return slot;
-  landed_.wait(lock, [&entry] { return !entry.in_flight; });
+  wait(lock, [&entry] { return !entry.in_flight; });
   poll_fences();
   unshare(slot);
   if (entry.num_rows >= entry.shared_rows) return slot;
@@ -157,17 +157,18 @@ void KVArena::cache_pages(std::uint32_t slot, const std::vector<std::size_t>& re
                           const std::vector<std::size_t>& page_idxs) {
   const std::vector<PageId> pages = page_ids(slot, regions, page_idxs);
   const Lock lock = enter();
-  for (std::size_t i = 0; i < pages.size(); ++i) {
-    mark_shared(slot, regions[i], page_idxs[i] + 1);
-    check_invariant(pool_.try_cache(pages[i]), "a live slot has a page that nobody refers to");
+  // The driver may throw while pages are marked, so no reference is taken before that is done.
+  for (std::size_t i = 0; i < pages.size(); ++i) mark_shared(slot, regions[i], page_idxs[i] + 1);
+  for (const PageId page : pages) {
+    check_invariant(pool_.try_cache(page), "a live slot has a page that nobody refers to");
   }
 }
 
 std::size_t KVArena::uncache_pages(const std::vector<PageId>& pages) {
   const Lock lock = enter();
-  std::size_t num_freed = 0;
-  for (const PageId page : pages) num_freed += pool_.uncache(page) ? 1U : 0U;
-  return num_freed;
+  std::size_t num_unneeded = 0;
+  for (const PageId page : pages) num_unneeded += pool_.uncache(page) ? 1U : 0U;
+  return num_unneeded;
 }
 
 void KVArena::pin_pages(const std::vector<PageId>& pages) {
@@ -176,6 +177,7 @@ void KVArena::pin_pages(const std::vector<PageId>& pages) {
     check_invariant(pool_.try_hold(page), "a page is pinned that nobody refers to");
     ++pinned_[page];
   }
+  note_peak();
 }
 
 void KVArena::unpin_pages(const std::vector<PageId>& pages) {

@@ -15,13 +15,18 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
     throw ConfigError(with_limit(
         "num_rows", num_rows, "at most the rows the slot has, " + std::to_string(entry.num_rows)));
   }
-  landed_.wait(lock, [&entry] { return !entry.in_flight; });
+  wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
   // Shared pages are no use as pages ahead: they cannot be written.
   const bool is_shared = num_rows < entry.shared_rows;
   const std::size_t ahead = is_shared ? 0 : config_.ahead_rows;
-  drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
-            SIZE_MAX);
+  try {
+    drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
+              SIZE_MAX);
+  } catch (const DriverError&) {
+    // The rows are gone all the same: what could not be unmapped is retired, and settling tries
+    // again.
+  }
 }
 
 /// Retire pages from the slot's tail that rows [0, keep_rows) do not need, at most `max_pages`;
@@ -90,15 +95,19 @@ void KVArena::settle() {
   }
 }
 
-/// Take pages back until `num_pages` are available, counting those that wait for a fence: a caller
-/// that is short only because of them had better try again after the step.
+/// Take pages back until `num_pages` are available: ahead first, which mostly need no fence. For
+/// parked ones those that wait for a fence count: a caller that is short only because of them had
+/// better try again after the step.
 void KVArena::make_available(std::size_t num_pages) {
   const PoolStats pool = pool_.stats();
-  const std::size_t coming = pool_.available() + pool.num_retired;
   // Above the cap, freed pages are destroyed: nothing is gained before the surplus is gone.
   const std::size_t surplus =
       pool.num_created > pool.max_pages ? pool.num_created - pool.max_pages : 0;
-  if (coming < num_pages + surplus) reclaim(num_pages + surplus - coming);
+  const std::size_t wanted = num_pages + surplus;
+  const std::size_t available = pool_.available();
+  if (available < wanted) reclaim_ahead(wanted - available);
+  const std::size_t coming = pool_.available() + pool_.stats().num_retired;
+  if (coming < wanted) reclaim_parked(wanted - coming);
 }
 
 /// Take back pages that no live row needs: ahead first, then parked; the number taken.
@@ -132,23 +141,56 @@ std::size_t KVArena::reclaim_parked(std::size_t num_pages) {
   return num_reclaimed;
 }
 
-/// Make free pages out of parked ones, so that growth need not create any: moving a page is cheaper
-/// than making one, and memory follows what is needed at once. Leaves the slot that a
-/// coming sequence is promised, and pages that a kernel may still read.
-void KVArena::recycle_parked(std::size_t num_pages) {
+/// Make free pages out of ones that nobody is about to need, so that growth need not create any:
+/// moving a page is cheaper than making one, and memory follows what is needed at once.
+void KVArena::recycle(std::size_t num_pages) {
   const std::size_t num_free = pool_.stats().num_free;
   if (num_pages <= num_free) return;
   const std::size_t missing = num_pages - num_free;
+  const std::size_t num_parked = recycle_parked(missing);
+  if (num_parked < missing) recycle_surplus(missing - num_parked);
+}
+
+/// Parked pages, but for those of the slot that a coming sequence is promised, and those that a
+/// kernel may still read; the number taken.
+std::size_t KVArena::recycle_parked(std::size_t num_pages) {
   std::size_t num_recycled = 0;
   idle_.visit_oldest([&](std::uint32_t slot) {
-    if (num_recycled >= missing) return false;
+    if (num_recycled >= num_pages) return false;
     const Slot& entry = slots_[slot];
     if (!entry.in_flight && entry.wanted_rows == 0 && entry.last_use <= completed_) {
-      num_recycled += drop_tail(slot, 0, missing - num_recycled);
+      num_recycled += drop_tail(slot, 0, num_pages - num_recycled);
     }
     return true;
   });
   totals_.reclaimed_pages += num_recycled;
+  return num_recycled;
+}
+
+/// What warm slots have beyond the commit-ahead of the sequences that adopted them.
+void KVArena::recycle_surplus(std::size_t num_pages) {
+  std::size_t num_recycled = 0;
+  for (auto it = surplus_.begin(); it != surplus_.end() && num_recycled < num_pages;) {
+    const Slot& entry = slots_[*it];
+    if (entry.in_flight) {
+      ++it;
+      continue;
+    }
+    std::size_t num_dropped = 0;
+    const std::size_t missing = num_pages - num_recycled;
+    if (entry.state == SlotState::kLive) {
+      num_dropped = drop_tail(*it, rows_to_keep(entry), missing);
+    }
+    num_recycled += num_dropped;
+    if (num_dropped < missing) it = surplus_.erase(it);  // it has no more
+  }
+  totals_.reclaimed_pages += num_recycled;
+}
+
+/// Rows that the slot needs backed now, and soon.
+std::size_t KVArena::rows_to_keep(const Slot& slot) const {
+  const std::size_t num_rows = std::max(slot.committed_rows(), slot.wanted_rows);
+  return std::min(num_rows + config_.ahead_rows, config_.max_rows);
 }
 
 /// After a resize to less: parked pages leave first.

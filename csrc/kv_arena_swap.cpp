@@ -130,11 +130,9 @@ bool KVArena::acquire_group(Lock& lock, const SwappedGroup& group, std::vector<P
   bool any_used = false;
   std::vector<PageId> acquired(group.num_copies);
   wait_landed(lock);
-  if (is_closed_) throw ClosedError("this KV arena is closed");
   if (!make_room(acquired.size()) ||
       !pool_.try_acquire(acquired.size(), kNoPage, acquired.data(), &any_used)) {
-    const std::size_t available = pool_.available();
-    shortage_ = acquired.size() > available ? acquired.size() - available : 1;
+    note_shortage(acquired.size());
     return false;
   }
   try {
@@ -183,6 +181,22 @@ std::shared_ptr<char[]> KVArena::copy_page_out(PageId page) const {
   std::shared_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
   if (copy != nullptr) driver_->read_page(pool_.handle(page), copy.get());
   return copy;
+}
+
+std::size_t KVArena::num_copies_to_sleep() {
+  const Lock lock = enter();
+  std::set<PageId> pages;
+  for (const Slot& slot : slots_) {
+    if (slot.state != SlotState::kLive) continue;
+    for (std::size_t r = 0; r < regions_.size(); ++r) {
+      const std::vector<PageId>& mapped = slot.regions[r].pages;
+      const std::size_t needed = pages_needed(r, slot.committed_rows());
+      pages.insert(mapped.begin(), mapped.begin() + static_cast<std::ptrdiff_t>(needed));
+    }
+  }
+  for (const auto& [id, group] : swapped_) pages.insert(group.held.begin(), group.held.end());
+  const auto is_copied = [this](PageId page) { return page != kNoPage && !pinned_.count(page); };
+  return static_cast<std::size_t>(std::count_if(pages.begin(), pages.end(), is_copied));
 }
 
 void KVArena::swap_out_held() {

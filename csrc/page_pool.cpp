@@ -223,7 +223,7 @@ bool PagePool::uncache(PageId page) {
   check_invariant(page < pages_.size() && pages_[page].cached > 0,
                   "a page is uncached that is not cached");
   change(page, [](Page& entry) { --entry.cached; });
-  return pages_[page].num_in_use() + pages_[page].retired == 0;
+  return pages_[page].num_in_use() == 0;
 }
 
 void PagePool::uncache_all() {

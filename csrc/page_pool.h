@@ -53,7 +53,9 @@ class PagePool {
   [[nodiscard]] bool try_cache(PageId page);  ///< Likewise, a cached reference.
   void unhold(PageId page);                   ///< Drop a held reference.
   void uncache_all();                         ///< Drop every cached reference: the index is gone.
-  bool uncache(PageId page);  ///< Drop a cached reference; true if the page is free by it.
+  /// Drop a cached reference; true if nobody needs the page any more: it is free, now or once the
+  /// kernels that may still read it are done.
+  bool uncache(PageId page);
 
   /// True if somebody else may read the page, or take it back as theirs: there are other references
   /// than the caller's live one (not counting retired ones), or than the caller's retired one.

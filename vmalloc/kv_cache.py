@@ -8,6 +8,7 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from types import TracebackType
@@ -27,7 +28,7 @@ from .backend import (
     Step,
 )
 from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
-from .errors import ConfigError
+from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
@@ -63,7 +64,7 @@ class VirtualKVCache:
         self._driver = driver or make_driver(config)
         page_bytes = self._driver.page_bytes
         self._layout = plan_layout(config, page_bytes)
-        max_pages = config.capacity_bytes // page_bytes
+        self._max_pages = max_pages = config.capacity_bytes // page_bytes
         self._core_arena = _core.KVArena(
             self._driver,
             layers=[_core_spec(layer) for layer in config.layers],
@@ -86,6 +87,7 @@ class VirtualKVCache:
         self._cut: set[int] = set()
         self._swapped = SwappedGroups()
         self._prefixes = SlotPrefixes(self._core_arena, self._layout)
+        self._peak_seqs = 0
         self._is_asleep = False
         self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
@@ -135,11 +137,7 @@ class VirtualKVCache:
                 f"the hit was looked up under salt {hit.salt!r}; the group's is "
                 f"{group.cache_salt!r}"
             )
-        found = None if hit is None else self._prefixes.find(hit, group.num_tokens - 1)
-        slots = self._try_slots(group, found)
-        if slots is None and found is not None and self._arena.last_shortage() > 0:
-            found = None  # what it was found in is in the way; there is room once that is evicted
-            slots = self._try_slots(group, None)
+        found, slots = self._try_starts(group, hit)
         if slots is None:
             return None
         for seq_id, slot in zip(group.seq_ids, slots, strict=True):
@@ -148,11 +146,28 @@ class VirtualKVCache:
             if group.cache_salt is not None and self._config.prefix_caching:
                 node = None if found is None else found.node
                 self._prefixes.start(seq_id, group.cache_salt, node)
+        self._note_peak()
         num_cached = 0 if found is None else found.num_tokens
         if hit is not None:
             for _ in group.seq_ids:
                 self._prefixes.index.note_lookup(len(hit.token_ids), num_cached, hit.miss_reason)
         return Reservation(seq_ids=group.seq_ids, slots=tuple(slots), num_cached_tokens=num_cached)
+
+    def _try_starts(
+        self, group: SequenceGroupSpec, hit: PrefixHit | None
+    ) -> tuple[FoundPrefix | None, list[int] | None]:
+        """Admit with as much of the hit as there is room for."""
+        if hit is not None:
+            # Where its pages are in the way, there may be room once they can be evicted: first
+            # the one to copy the end from, which is needed beside the copy, then all of them.
+            for with_end in (True, False):
+                found = self._prefixes.find(hit, group.num_tokens - 1, with_end=with_end)
+                if found is None:
+                    continue
+                slots = self._try_slots(group, found)
+                if slots is not None or self._arena.last_shortage() == 0:
+                    return found, slots
+        return None, self._try_slots(group, None)
 
     def _try_slots(self, group: SequenceGroupSpec, found: FoundPrefix | None) -> list[int] | None:
         reserved = reserved_tokens(self._config, group)
@@ -197,6 +212,7 @@ class VirtualKVCache:
             self._slot_of[child_id] = slot
             self._len_of[child_id] = num_rows
             self._prefixes.copy(parent_id, child_id, num_rows)
+        self._note_peak()
         return True
 
     def try_reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> bool:
@@ -205,13 +221,18 @@ class VirtualKVCache:
         # Spare clean slots take what is built, so that nothing is mapped anew under a kernel that
         # may still run.
         moved: dict[int, int] = {}
-        for parent, children in plan.built.items():
-            fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
-            forked = self._evicting(fork)
-            if forked is None:
-                self._arena.free(list(moved.values()))
-                return False
-            moved.update(zip(children, forked, strict=True))
+        is_built = False
+        try:
+            for parent, children in plan.built.items():
+                fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
+                forked = self._evicting(fork)
+                if forked is None:
+                    return False
+                moved.update(zip(children, forked, strict=True))
+            is_built = True
+        finally:
+            if not is_built:
+                self._core_arena.free(list(moved.values()))
         moved.update({child: slots[parent] for parent, child in plan.stays.items()})
         was_cut = [seq_id in self._cut for seq_id in seq_ids]
         for child, seq_id in enumerate(seq_ids):
@@ -278,12 +299,17 @@ class VirtualKVCache:
         return True
 
     def _swap_in(self, swapped: SwappedGroup) -> bool:
-        slots = self._evicting(partial(self._arena.try_swap_in, swapped.group))
+        slots = self._evicting(partial(self._core_arena.try_swap_in, swapped.group))
         if slots is None:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
             self._slot_of[seq_id] = slot
-            self._prefixes.resume(seq_id, slot)
+            # It may end in a page that others hold, or that could not be made its own.
+            self._cut.add(seq_id)
+        self._note_peak()
+        for seq_id, slot in zip(swapped.left, slots, strict=True):
+            with suppress(DriverError):  # it is back; its next tokens offer the rest again
+                self._prefixes.resume(seq_id, slot)
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
@@ -354,7 +380,7 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        return virtual_stats(self._core_arena.stats())
+        return virtual_stats(self._core_arena.stats(), self._peak_seqs)
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
@@ -364,6 +390,7 @@ class VirtualKVCache:
         self._arena.resize(
             max_pages, _low_pages(self._config, max_pages), _high_pages(self._config, max_pages)
         )
+        self._max_pages = max_pages
         raw = self._arena.stats()
         if raw["created_pages"] > max_pages:
             self._prefixes.index.evict(raw["created_pages"] - max_pages)
@@ -374,28 +401,27 @@ class VirtualKVCache:
         raw = self._arena.stats()
         if raw["committed_pages"] > raw["max_pages"]:
             return False  # after a resize to less: they could not come back
-        num_to_copy = raw["committed_pages"] - self._prefixes.index.stats().pinned_pages
-        if num_to_copy * raw["page_bytes"] > self._config.swap_bytes - raw["swapped_bytes"]:
+        num_bytes = self._arena.num_copies_to_sleep() * raw["page_bytes"]
+        if num_bytes > self._config.swap_bytes - raw["swapped_bytes"]:
             return False
         if live:
             self._sleeping = self._swap_out(live)
             if self._sleeping is None:
                 return False
-        self._arena.swap_out_held()
+        self._is_asleep = True  # whatever the driver throws from here on, waking undoes it
+        self._core_arena.swap_out_held()
         self._prefixes.index.flush()
-        self._arena.trim(0)
-        self._is_asleep = True
+        self._core_arena.trim(0)
         return True
 
     def try_wake(self) -> bool:
         if not self._is_asleep:
             self._core_arena.available_pages()  # a closed one is neither
             return True
-        self._is_asleep = False
         if self._sleeping is not None and not self._swap_in(self._sleeping):
-            self._is_asleep = True
             return False
         self._sleeping = None
+        self._is_asleep = False
         return True
 
     def check_invariants(self) -> None:
@@ -451,15 +477,27 @@ class VirtualKVCache:
         if len(set(seq_ids)) != len(seq_ids):
             raise ConfigError(f"seq_ids {tuple(seq_ids)} name a sequence twice")
 
+    def _note_peak(self) -> None:
+        # The arena's count has both slots of a sequence that moves.
+        self._peak_seqs = max(self._peak_seqs, len(self._slot_of))
+
     def _evicting(self, attempt: Callable[[], T]) -> T:
-        """Try until it works or nothing cached is left to evict for it; the last answer."""
+        """Try until it works or evicting does not help; the last answer."""
+        last_shortage = 0
         while True:
             answer = attempt()
             if answer is not None and answer is not False:
                 return answer
             shortage = self._core_arena.last_shortage()
-            if shortage == 0 or self._prefixes.index.evict(shortage) == 0:
+            # As short as before: a kernel may still read what was evicted, so it comes later.
+            if shortage in (0, last_shortage) or not self._can_evict(shortage):
                 return answer
+            self._prefixes.index.evict(shortage)
+            last_shortage = shortage
+
+    def _can_evict(self, num_pages: int) -> bool:
+        """Whether so much is merely cached: what is not enough is not given up for nothing."""
+        return self._core_arena.stats()["cached_pages"] >= num_pages
 
     def _prepare_write(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
         """Copy what the new rows would share. A sequence may move to another slot by it."""
@@ -478,7 +516,7 @@ class VirtualKVCache:
         """Evict what was not used for longest, so that the worker finds pages to commit ahead."""
         config, page_bytes = self._config, self._layout.page_bytes
         num_ahead = len(self._slot_of) * (config.commit_ahead_tokens + 1) * config.token_bytes
-        max_pages = config.capacity_bytes // page_bytes
+        max_pages = self._max_pages
         wanted = (
             _low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
         )

@@ -38,6 +38,10 @@ class PageSteps:
         """Pages of the region that ``num_tokens`` rows fill."""
         return num_tokens * self._row_bytes[region] // self._page_bytes
 
+    def whole_rows(self, region: int, num_pages: int) -> int:
+        """Whole rows that the first ``num_pages`` pages of the region hold."""
+        return num_pages * self._page_bytes // self._row_bytes[region]
+
     def has_part(self, region: int, num_tokens: int) -> bool:
         """Whether the last of ``num_tokens`` rows ends within a page."""
         return num_tokens * self._row_bytes[region] % self._page_bytes != 0

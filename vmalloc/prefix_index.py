@@ -57,7 +57,7 @@ class PrefixIndex:
             boundary: tokens after which the k-th node of a path is complete, for k = 1, 2, ...;
                 strictly increasing.
             retain: take one reference to each of a node's pages.
-            release: drop them; returns how many pages became free by it.
+            release: drop them; returns how many pages nobody needs any more by it.
             on_pin: told of a node's pages and 1 when it becomes pinned, -1 when no longer.
         """
         self._boundary = boundary
@@ -232,7 +232,7 @@ class PrefixIndex:
         return num_common(tokens_from_root(pinned), key[1])
 
     def evict(self, num_pages: int) -> int:
-        """Drop least recently used leaves until ``num_pages`` became free; how many did."""
+        """Drop least recently used leaves until ``num_pages`` are released; how many were."""
         num_freed = 0
         while num_freed < num_pages and (node := self._queue.pop()) is not None:
             if not node.is_tail:
@@ -242,7 +242,7 @@ class PrefixIndex:
         return num_freed
 
     def flush(self) -> int:
-        """Forget everything that is neither locked nor pinned; the pages that became free."""
+        """Forget everything that is neither locked nor pinned; the pages released by it."""
         num_freed = 0
         while (node := self._queue.pop()) is not None:
             num_freed += self._remove(node)
@@ -316,7 +316,7 @@ class PrefixIndex:
         self._remove(tail)
 
     def _remove(self, node: PrefixNode) -> int:
-        """Take a leaf out of the trie; the pages that became free."""
+        """Take a leaf out of the trie; the pages that nobody needs any more."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.tokens]

@@ -79,19 +79,28 @@ class SlotPrefixes:
             path=found,
         )
 
-    def find(self, hit: PrefixHit, limit: int) -> FoundPrefix | None:
-        """Pages that hold the first tokens of ``hit``, at most ``limit`` of them."""
+    def find(self, hit: PrefixHit, limit: int, *, with_end: bool = True) -> FoundPrefix | None:
+        """Pages that hold the first tokens of ``hit``, at most ``limit`` of them.
+
+        ``with_end``: also those of others, to copy what follows the last full node from.
+        """
         match = hit.path
         if not isinstance(match, PrefixMatch) or not _is_current(match):
             match = self.index.match(hit.token_ids, hit.salt)
-        below = self._nodes_below(match)
+        below = self._nodes_below(match) if with_end else []
         pages = self._pages_on(match.path, below)
-        for num_tokens in range(min(match.num_tokens, limit), 0, -1):
-            start = self._start(num_tokens, pages)
-            if start is not None:
-                node = _node_at(match.path, num_tokens)
-                return FoundPrefix(num_tokens, node, below[-1] if below else match.path, start)
-        return None
+        most = match.num_tokens if with_end else match.path.end
+        for region, by_number in enumerate(pages):  # by number, they leave no gap on a path
+            most = min(most, self._steps.whole_rows(region, len(by_number)))
+        num_tokens = min(most, limit)
+        if num_tokens <= 0:
+            return None
+        return FoundPrefix(
+            num_tokens,
+            node=_node_at(match.path, num_tokens),
+            needed=below[-1] if below else match.path,
+            start=self._start(num_tokens, pages),
+        )
 
     def start(self, seq_id: int, salt: str, node: PrefixNode | None = None) -> None:
         """Follow a sequence that has the pages up to ``node``, or none yet."""
@@ -164,9 +173,10 @@ class SlotPrefixes:
 
     def rename(self, sources: dict[int, int], num_tokens: int) -> None:
         """Let every key stand where its value stood, all at once."""
-        old = {seq_id: self._sequences.pop(seq_id, None) for seq_id in sources}
-        for seq_id, source in sources.items():
-            before = old[source]
+        moved = {seq_id: source for seq_id, source in sources.items() if seq_id != source}
+        old = {seq_id: self._sequences.pop(seq_id, None) for seq_id in moved}
+        for seq_id, source in moved.items():
+            before = old[source] if source in old else self._sequences.get(source)
             if before is not None:
                 self._start_like(before, seq_id, num_tokens)
         for sequence in old.values():
@@ -257,17 +267,15 @@ class SlotPrefixes:
                 pages[region].setdefault(number, page)
         return pages
 
-    def _start(self, num_tokens: int, pages: list[dict[int, int]]) -> _core.Prefix | None:
-        """What a slot needs to start with ``num_tokens``; None if a page is not there."""
+    def _start(self, num_tokens: int, pages: list[dict[int, int]]) -> _core.Prefix:
+        """What a slot needs to start with ``num_tokens``. Requires: their pages."""
         shared: list[list[int]] = []
         tails: list[int | None] = []
         for region, by_number in enumerate(pages):
             num_full = self._steps.full_pages(region, num_tokens)
-            numbers = range(num_full + self._steps.has_part(region, num_tokens))
-            if any(number not in by_number for number in numbers):
-                return None
             shared.append([by_number[number] for number in range(num_full)])
-            tails.append(by_number[num_full] if len(numbers) > num_full else None)
+            has_part = self._steps.has_part(region, num_tokens)
+            tails.append(by_number[num_full] if has_part else None)
         return _core.Prefix(num_rows=num_tokens, pages=shared, tails=tails)
 
 

@@ -9,7 +9,7 @@ from . import _core
 from .backend import KVCacheStats
 
 
-def virtual_stats(raw: _core.ArenaStats) -> KVCacheStats:
+def virtual_stats(raw: _core.ArenaStats, peak_live_seqs: int) -> KVCacheStats:
     """``KVArena.stats()`` as ``KVCacheStats``: pages become bytes."""
     page = raw["page_bytes"]
     return KVCacheStats(
@@ -31,7 +31,7 @@ def virtual_stats(raw: _core.ArenaStats) -> KVCacheStats:
         peak_committed_bytes=raw["peak_committed_pages"] * page,
         peak_live_bytes=raw["peak_live_bytes"],
         num_live_seqs=raw["num_live"],
-        peak_live_seqs=raw["peak_live"],
+        peak_live_seqs=peak_live_seqs,
         map_calls=raw["map_calls"],
         unmap_calls=raw["unmap_calls"],
         critical_pages=raw["critical_pages"],

@@ -220,18 +220,18 @@ class TestReclaim:
         assert extend(arena, a, 40)
         assert pages(arena)[2] == 4
 
-    def test_ahead_pages_of_others_are_reclaimed_when_nothing_can_be_created(self):
+    def test_parked_pages_and_the_surplus_of_warm_slots_go_before_any_is_created(self):
         arena = make_arena(max_pages=8, num_slots=3)
-        a = admit(arena, 32)  # 4 pages
-        free(arena, a)
-        a = admit(arena, 8)  # adopts them: 1 needed, 3 ahead
-        b = admit(arena, 8)
-        c = admit(arena, 8)
+        free(arena, admit(arena, 32))  # 4 pages
+        admit(arena, 8)  # adopts them: 1 needed, 3 too many
+        b = admit(arena, 8)  # takes one of those
+        c = admit(arena, 8)  # and another
         free(arena, c)  # 1 parked
-        assert pages(arena) == (2, 3, 1, 0, 0)
-        assert extend(arena, b, 40)  # needs 4: 1 parked, 2 creatable, 1 from ahead
-        assert pages(arena) == (6, 2, 0, 0, 0)
-        assert arena.stats()["reclaimed_pages"] == 2
+        assert pages(arena) == (2, 1, 1, 0, 0)
+        assert extend(arena, b, 40)  # needs 4: 1 parked, 1 surplus, 2 new
+        assert pages(arena) == (6, 0, 0, 0, 0)
+        assert arena.stats()["created_pages"] == 6
+        assert arena.stats()["reclaimed_pages"] == 4
 
     def test_surplus_of_slots_being_admitted_is_reclaimed_for_each_other(self):
         arena = make_arena(max_pages=12, num_slots=2)
@@ -541,3 +541,18 @@ def _tensor(arena):
         [slot_elements, row_elements, 1],
     )
     return torch.from_dlpack(capsule)
+
+
+def test_surplus_of_an_adopted_slot_is_taken_before_pages_are_created():
+    arena = make_arena(max_pages=32, ahead_rows=8)
+    free(arena, admit(arena, 64))  # 8 pages, parked
+    a = admit(arena, 8)  # adopts them: 1 to hold its rows, 1 ahead, 6 too many
+    b = admit(arena, 8)
+    arena.wait_worker()
+    assert extend(arena, b, 40)
+    arena.wait_worker()
+    assert arena.stats()["created_pages"] == 8
+    assert arena.mapped_rows(a) >= 16  # what is ahead of it stays
+    assert extend(arena, b, 64)
+    arena.wait_worker()
+    assert arena.stats()["created_pages"] == 10

@@ -255,6 +255,17 @@ class TestSlots:
         assert arena.try_admit(1, 8) is not None
         arena.check_invariants()
 
+    def test_a_fork_empties_a_parked_slot_that_no_kernel_reads_however_full(self):
+        arena = make_arena(num_slots=4, max_pages=32)
+        parent, small, large = (admit(arena, rows) for rows in (24, 8, 24))
+        warm = admit(arena, 8)
+        free(arena, large)  # parked with three pages before the step
+        step = arena.begin_step()
+        free(arena, small, warm)  # with one page each in the step, whose kernels may read them
+        assert arena.try_fork(parent, 1, 24) == [large]
+        arena.end_step(step)
+        arena.check_invariants()
+
     def test_reserved_rows_stay_backed(self, arena):
         (slot,) = arena.try_admit(1, 4, 64)
         assert pages(arena)[:2] == (8, 0)
@@ -517,3 +528,25 @@ def test_any_failing_call_while_sharing_leaves_sound_books(kind, protect):
         counters = inner.counters()
         assert counters["create_calls"] == counters["destroy_calls"], f"call {call} lost a page"
     assert num_struck > 2 or kind == "release"
+
+
+def test_what_is_ahead_is_taken_before_anybody_waits_for_a_fence():
+    driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+    arena = make_arena(driver, max_pages=8, ahead_rows=16)
+    a = admit(arena, 8)
+    arena.wait_worker()
+    b = admit(arena, 8)
+    arena.wait_worker()
+    c = admit(arena, 16)  # the last two pages
+    arena.wait_worker()
+    assert pages(arena) == (4, 4, 0, 0, 0)
+    driver.hold_fences(True)
+    arena.end_step(arena.begin_step())
+    ids = arena.page_ids(c, [0, 0], [0, 1])
+    arena.cache_pages(c, [0, 0], [0, 1])
+    arena.free([c])
+    assert arena.uncache_pages(ids) == 2
+    assert pages(arena) == (2, 4, 0, 0, 2)
+    assert extend(arena, b, 40)  # the pages ahead of the other one, not the two that wait
+    assert pages(arena) == (6, 0, 0, 0, 2)
+    assert extend(arena, a, 8)

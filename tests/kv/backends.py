@@ -25,6 +25,14 @@ SHAPES = {
         "kv_split": True,
         "zero_on_reuse": True,
     },
+    # Rows of 1,200 and 32 bytes: pages of the one fill long before those of the other.
+    "wide and thin": {
+        "layers": (
+            LayerKVSpec(num_kv_heads=3, k_head_dim=60, v_head_dim=40),
+            LayerKVSpec(num_kv_heads=1, k_head_dim=4, v_head_dim=4),
+        ),
+        "layers_per_group": 1,
+    },
     # Rows of 1,024 bytes: four of them are a page, and a block.
     "power of two": {"layers": (LayerKVSpec(num_kv_heads=2, k_head_dim=16, v_head_dim=16),) * 4},
 }

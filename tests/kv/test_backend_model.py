@@ -24,13 +24,30 @@ class BackendMachine(RuleBasedStateMachine):
         share=st.sampled_from([1.2, 2.0, 4.0]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         commit_ahead=st.sampled_from([0, 3, 20]),
+        lookahead=st.sampled_from([0, 0, 9]),
+        policy=st.sampled_from(["on_demand", "on_demand", "oracle", "max_length"]),
+        spare_slots=st.sampled_from([0, 1, MAX_SEQS]),
+        protect=st.booleans(),
     )
-    def start(self, shape, share, prefix_caching, commit_ahead):
+    def start(
+        self,
+        shape,
+        share,
+        prefix_caching,
+        commit_ahead,
+        lookahead,
+        policy,
+        spare_slots,
+        protect,
+    ):
         seq_bytes = MAX_LEN * make_config(shape).token_bytes
         config = make_config(
             shape,
             max_num_seqs=MAX_SEQS,
-            num_slots=2 * MAX_SEQS if self.kind == "virtual" else None,
+            num_slots=MAX_SEQS + spare_slots,
+            lookahead_tokens=lookahead,
+            commit_policy=policy if self.kind == "virtual" else "on_demand",
+            protect_shared=protect,
             max_seq_len=MAX_LEN,
             capacity_bytes=int(share * seq_bytes) + (24 << 10),
             swap_bytes=seq_bytes,
@@ -70,7 +87,7 @@ class BackendMachine(RuleBasedStateMachine):
         hit = self.cache.match_prefix(tokens, salt) if look_up and salt is not None else None
         ids = tuple(range(self.next_id, self.next_id + count))
         reservation = self.cache.try_admit(
-            SequenceGroupSpec(ids, len(tokens), cache_salt=salt), hit
+            SequenceGroupSpec(ids, len(tokens), final_tokens=len(tokens) + 20, cache_salt=salt), hit
         )
         if reservation is None:
             return
@@ -234,7 +251,7 @@ class BackendMachine(RuleBasedStateMachine):
         if not self.cache.try_wake():
             # Pages that a kernel may still read are in the way until it is done.
             self.driver.hold_fences(False)
-            assert stats.retired_pages > 0
+            self.driver.fail_call(0, _core.Fault.NONE)
             assert self.cache.try_wake()
 
     # Capacity and steps
@@ -267,6 +284,13 @@ class BackendMachine(RuleBasedStateMachine):
     def hold_fences(self, hold):
         self.driver.hold_fences(hold)
 
+    # With a worker, whom it strikes would depend on time.
+    @precondition(lambda self: self.kind == "virtual" and not self.cache.config.commit_ahead_tokens)
+    @rule(call=st.integers(0, 3))
+    def run_out(self, call):
+        """The machine has no page, or no mapping, for one of the next calls."""
+        self.driver.fail_call(call, _core.Fault.OUT_OF_MEMORY)
+
     @precondition(lambda self: self.kind == "virtual")
     @rule()
     def wait_worker(self):
@@ -291,6 +315,9 @@ class BackendMachine(RuleBasedStateMachine):
             == stats.committed_bytes + stats.ahead_bytes + stats.parked_bytes + stats.cached_bytes
         )
         assert stats.created_pages == stats.free_pages + stats.in_use_pages + stats.retired_pages
+        assert stats.committed_bytes <= stats.peak_committed_bytes
+        assert stats.live_bytes <= stats.peak_live_bytes
+        assert stats.num_live_seqs <= stats.peak_live_seqs <= MAX_SEQS
         assert stats.swapped_bytes <= self.cache.config.swap_bytes
         for tokens, salt, num_pinned in self.pins:
             assert self.cache.match_prefix(tokens, salt).num_tokens >= num_pinned
