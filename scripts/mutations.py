@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -198,8 +199,9 @@ def _show(verdicts: dict[Mutation, Verdict]) -> None:
         table.add_column(column, overflow="fold")
     for mutation, verdict in verdicts.items():
         style = "" if verdict.is_noticed else "bold red"
-        test = mutation.test.split("/")[-1]
-        table.add_row(mutation.name, test, verdict.what[:90], f"{verdict.seconds:.0f}", style=style)
+        cells = (mutation.name, mutation.test.split("/")[-1], verdict.what[:90])
+        seconds = f"{verdict.seconds:.0f}"
+        table.add_row(*map(escape, cells), seconds, style=style)  # test names have brackets
     console.print(table)
 
 
