@@ -62,8 +62,8 @@ COPY_ON_WRITE = [
         (
             Edit(
                 "csrc/kv_arena_share.cpp",
-                "if (entry.num_rows >= entry.shared_rows) return slot;\n  landed_",
-                "if (entry.num_rows <= config_.max_rows) return slot;\n  landed_",
+                "if (entry.num_rows >= entry.shared_rows) return slot;\n  wait(lock",
+                "if (entry.num_rows <= config_.max_rows) return slot;\n  wait(lock",
             ),
             Edit(
                 "csrc/kv_arena_grow.cpp",
@@ -265,8 +265,8 @@ PREFIX_INDEX = [
         "virtual: a hit starts with one row less than it says",
         PREFIXES,
         "vmalloc/slot_prefixes.py",
-        "start = self._start(num_tokens, pages)",
-        "start = self._start(max(1, num_tokens - 1), pages)",
+        "start=self._start(num_tokens, pages)",
+        "start=self._start(max(1, num_tokens - 1), pages)",
     ),
 ]
 
