@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .paged_prefix import PrefixPlace, SequencePrefixes, path_blocks
 from .paged_swap import SwappedGroup, SwapSpace
 from .prefix_node import PrefixMatch, PrefixNode
+from .reorder import check_reorder
 
 
 @dataclass(slots=True)
@@ -166,13 +167,7 @@ class PagedSequences:
     def reorder(self, seq_ids: Sequence[int], parent_idx: Sequence[int]) -> None:
         """Give every sequence the blocks of its parent; the new ones first, then drop the old."""
         lens = self.tables.lens[self.rows(seq_ids)].tolist()
-        if len(parent_idx) != len(lens) or any(not 0 <= i < len(lens) for i in parent_idx):
-            raise ConfigError(
-                f"parent_idx is {list(parent_idx)}; it must name one of the {len(lens)} sequences "
-                "for each of them"
-            )
-        if len(set(lens)) > 1:
-            raise ConfigError(f"lengths are {lens}; sequences to reorder must be of equal length")
+        check_reorder(seq_ids, parent_idx, lens)
         self.note_live_tokens()
         moves = []
         for seq_id, i, parent in zip(seq_ids, range(len(lens)), parent_idx, strict=True):

@@ -127,11 +127,6 @@ class PrefixIndex:
             reason = "shorter_than_page" if limit < end else self._why_missing(node, rest)
         return PrefixMatch(node, tail, num_tail_tokens, reason)
 
-    def step(self, node: PrefixNode, tokens: Sequence[int]) -> PrefixNode | None:
-        """The full child of ``node`` with exactly these tokens."""
-        child = node.children.get(tuple(tokens))
-        return None if child is None or child.is_tail else child
-
     def insert(self, node: PrefixNode, tokens: Sequence[int], pages: Pages) -> PrefixNode:
         """Add a full child; if it is there already, return that and take no reference.
 
@@ -176,13 +171,6 @@ class PrefixIndex:
     def any_child(self, node: PrefixNode) -> PrefixNode | None:
         """The oldest child of ``node``, full or tail."""
         return next(iter(node.children.values()), None)
-
-    def first_descendants(self, node: PrefixNode) -> Iterator[PrefixNode]:
-        """The nodes below ``node``, always down the oldest child."""
-        child = self.any_child(node)
-        while child is not None:
-            yield child
-            child = self.any_child(child)
 
     def touch(self, node: PrefixNode) -> None:
         """Note a use of ``node`` and all before it."""

@@ -28,10 +28,10 @@ class ReorderPlan:
     dropped: list[int]
 
 
-def plan_reorder(
+def check_reorder(
     seq_ids: Sequence[int], parent_idx: Sequence[int], num_tokens: Sequence[int]
-) -> ReorderPlan:
-    """Let as many sequences as possible stay in place, each under its own name if it can.
+) -> int:
+    """The length that all sequences have; 0 for none.
 
     Raises:
         ConfigError: a sequence is named twice, a parent is not one of them, or lengths differ.
@@ -45,11 +45,23 @@ def plan_reorder(
         )
     if len(set(num_tokens)) > 1:
         raise ConfigError(f"sequences to reorder have {tuple(num_tokens)} tokens; must be equal")
+    return num_tokens[0] if num_tokens else 0
+
+
+def plan_reorder(
+    seq_ids: Sequence[int], parent_idx: Sequence[int], num_tokens: Sequence[int]
+) -> ReorderPlan:
+    """Let as many sequences as possible stay in place, each under its own name if it can.
+
+    Raises:
+        ConfigError: see ``check_reorder``.
+    """
+    length = check_reorder(seq_ids, parent_idx, num_tokens)
     stays = {parent: child for child, parent in reversed(list(enumerate(parent_idx)))}
     stays.update({child: child for child, parent in enumerate(parent_idx) if parent == child})
     built: dict[int, list[int]] = {}
     for child, parent in enumerate(parent_idx):
         if stays[parent] != child:
             built.setdefault(parent, []).append(child)
-    dropped = [parent for parent in range(count) if parent not in stays]
-    return ReorderPlan(num_tokens[0] if num_tokens else 0, stays, built, dropped)
+    dropped = [parent for parent in range(len(seq_ids)) if parent not in stays]
+    return ReorderPlan(length, stays, built, dropped)

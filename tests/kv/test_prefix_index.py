@@ -104,8 +104,8 @@ def test_a_longer_tail_or_a_full_node_replaces_a_tail(index, pages):
     assert index.insert_tail(root, (1, 2, 3), ("x",)) is None
     assert index.num_nodes == 2
     assert +pages.refs == {"c": 1, "d": 1}
-    assert index.step(root, (1, 2, 3, 4)) is full
-    assert index.step(root, (1, 3, 4)) is None  # a tail is no step
+    assert root.children[1, 2, 3, 4] is full
+    assert root.children[1, 3, 4].is_tail
     index.check_invariants()
 
 
@@ -254,15 +254,6 @@ def test_lookups_are_counted_by_reason(index):
     stats = index.stats()
     assert (stats.num_lookups, stats.queried_tokens, stats.hit_tokens) == (2, 20, 14)
     assert stats.misses == {**dict.fromkeys(MISS_REASONS, 0), "never_seen": 1}
-
-
-def test_first_descendants_follow_one_line_of_tokens(index):
-    node = add(index, range(14))
-    line = list(index.first_descendants(index.root("")))
-    assert [step.end for step in line] == [4, 8, 12, 14]
-    assert line[-1].is_tail
-    assert line[-2] is node
-    assert index.any_child(line[-1]) is None
 
 
 def test_salts_that_were_only_asked_for_are_forgotten(index):
