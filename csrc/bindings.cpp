@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings_attention.h"
+#include "cuda_driver.h"
 #include "dlpack.h"
 #include "driver.h"
 #include "error.h"
@@ -195,6 +196,52 @@ bool write_pages(Driver& driver, const std::vector<PageHandle>& pages,
   return driver.try_write_pages(pages.data(), sources.data(), pages.size());
 }
 
+py::dict cuda_info(const CudaDriver& driver) {
+  const CudaInfo info = driver.info();
+  py::dict result;
+  result["device_name"] = info.device_name;
+  result["compute_capability"] = info.compute_capability;
+  result["granularity_bytes"] = info.granularity;
+  result["recommended_granularity_bytes"] = info.recommended_granularity;
+  result["total_bytes"] = info.total_bytes;
+  result["driver_version"] = info.driver_version;
+  result["unmap_runs"] = info.probe.unmap_runs;
+  result["access_runs"] = info.probe.access_runs;
+  result["read_only"] = info.probe.read_only;
+  return result;
+}
+
+void bind_cuda_driver(py::module_& m) {
+  py::class_<CudaDriver, Driver, std::shared_ptr<CudaDriver>>(m, "CudaDriver")
+      .def("info", &cuda_info)
+      .def("calls", &CudaDriver::calls)
+      .def("export_page", &CudaDriver::export_page, py::arg("page"), NoGil());
+  m.def(
+      "make_cuda_driver",
+      [](std::size_t page_bytes, int device, const std::string& library, bool cpu_tensors,
+         bool exportable, bool gpu_direct_rdma) {
+        CudaOptions options;
+        options.page_bytes = page_bytes;
+        options.device = device;
+        options.library = library;
+        options.cpu_tensors = cpu_tensors;
+        options.exportable = exportable;
+        options.gpu_direct_rdma = gpu_direct_rdma;
+        return make_cuda_driver(options);
+      },
+      py::arg("page_bytes") = 0, py::arg("device") = 0, py::kw_only(), py::arg("library") = "",
+      py::arg("cpu_tensors") = false, py::arg("exportable") = false,
+      py::arg("gpu_direct_rdma") = false, NoGil());
+  m.def(
+      "cuda_absence",
+      [](const std::string& library, int device) -> std::optional<std::string> {
+        const std::string reason = cuda_absence(library, device);
+        if (reason.empty()) return std::nullopt;
+        return reason;
+      },
+      py::arg("library") = "", py::arg("device") = 0, NoGil());
+}
+
 void bind_drivers(py::module_& m) {
   py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
       .def_property_readonly("name", &Driver::name)
@@ -255,6 +302,8 @@ void bind_drivers(py::module_& m) {
       .def("fence_passed", &Driver::fence_passed, py::arg("fence"), NoGil());
   m.def("make_host_driver", &make_host_driver, py::arg("page_bytes"));
   m.def("make_null_driver", &make_null_driver, py::arg("page_bytes"));
+
+  bind_cuda_driver(m);
 
   py::enum_<Fault>(m, "Fault")
       .value("NONE", Fault::kNone)
