@@ -324,10 +324,10 @@ class VirtualKVCache:
         return self._prefixes.index.stats()
 
     def begin_step(self, stream: int | None = None) -> Step:
-        return Step(epoch=self._arena.begin_step(), stream=stream or 0)
+        return Step(epoch=self._arena.begin_step(stream or 0), stream=stream or 0)
 
     def end_step(self, step: Step) -> None:
-        self._arena.end_step(step.epoch, step.stream)
+        self._arena.end_step(step.epoch)
         if not self._prefixes.index.is_empty:
             self._keep_some_free()
 
