@@ -32,7 +32,7 @@ from .block_storage import make_block_storage
 from .block_supply import BlockSupply
 from .block_table import BlockTables
 from .config import KVCacheConfig
-from .device import tensor_device
+from .device import current_stream, tensor_device
 from .errors import ClosedError, ConfigError
 from .layout import plan_layout
 from .paged_checks import check_books
@@ -89,7 +89,8 @@ class PagedKVCache:
         self._seqs = PagedSequences(
             self._pool, self._storage, self._supply, self._tables, self._prefixes, self._swap
         )
-        self._batches = BatchViews(tensor_device(config.device), config.max_seq_len)
+        self._tensor_device = tensor_device(config.device)
+        self._batches = BatchViews(self._tensor_device, config.max_seq_len)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_closed = False
         self._epoch = 0
@@ -220,7 +221,9 @@ class PagedKVCache:
             raise ConfigError(f"step {self._epoch} is still open; end it first")
         self._epoch += 1
         self._is_step_open = True
-        return Step(epoch=self._epoch, stream=stream or 0)
+        if stream is None:
+            stream = current_stream(self._tensor_device)
+        return Step(epoch=self._epoch, stream=stream)
 
     def end_step(self, step: Step) -> None:
         self._check_usable()
