@@ -48,9 +48,13 @@ class PagedKVCache:
     A page, in statistics and byte counts, is a block over all regions. Kernels are exact to the
     row, so ``lookahead_tokens`` backs nothing here; nor is there a worker or a parked slot.
 
-    Memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if that is
-    more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it back, but
-    for system pages that a free block shares with a used one (see ``block_storage``).
+    On the host, memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if
+    that is more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it
+    back, but for system pages that a free block shares with a used one (see ``block_storage``).
+
+    On CUDA the cap is taken at start as torch tensors, and nothing goes back: ``trim`` gives back
+    0 pages, ``try_sleep`` is False, ``resize`` moves the cap below the one at start, and all
+    blocks count as created.
 
     Example:
         >>> layer = LayerKVSpec(num_kv_heads=2, k_head_dim=64, v_head_dim=64)
@@ -75,7 +79,9 @@ class PagedKVCache:
         layout = plan_layout(config, page_bytes=1)
         block_bytes = config.block_size * layout.token_bytes
         blocks_per_seq = -(-config.max_seq_len // config.block_size)
-        num_blocks = max(config.capacity_bytes // block_bytes, config.max_num_seqs * blocks_per_seq)
+        num_blocks = config.capacity_bytes // block_bytes
+        if config.driver_name != "cuda":  # whose memory is all taken at start
+            num_blocks = max(num_blocks, config.max_num_seqs * blocks_per_seq)
         self._config = config
         self._pool = BlockPool(num_blocks)
         self._storage = make_block_storage(config, layout, num_blocks)
@@ -103,7 +109,7 @@ class PagedKVCache:
 
     @property
     def driver_name(self) -> str:
-        """``"host"`` or ``"null"``."""
+        """``"host"``, ``"torch"`` or ``"null"``."""
         return self._storage.name
 
     def max_seq_tokens(self) -> int:
@@ -310,6 +316,8 @@ class PagedKVCache:
 
     def try_sleep(self) -> bool:
         self._check_usable()
+        if not self._storage.gives_back:
+            return False
         if self._pool.num_committed - len(self._supply.scratch) > self._swap.room:
             return False
         self._index.flush()
