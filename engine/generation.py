@@ -20,6 +20,7 @@ from .scheduler import Scheduler
 from .sequence import Sequence
 from .sequence_group import SequenceGroup
 from .stop import check_stop, complete_text
+from .transfer import take_rows
 
 
 def scored_prompts(batch: ScheduledBatch) -> frozenset[int]:
@@ -84,12 +85,12 @@ class Generation:
         ends, scored = self._read(batch, logits)
         sampled = None
         if ends.seqs:
-            is_all = ends.rows == list(range(len(logits)))
-            sampled = sample(ends.seqs, logits if is_all else logits[ends.rows])
-        beams = [
-            (group, logits[rows], *score_beams(group.active[: len(rows)], logits[rows]))
-            for group, rows in ends.beams
-        ]
+            sampled = sample(ends.seqs, take_rows(logits, ends.rows))
+        beams = []
+        for group, rows in ends.beams:
+            own_logits = take_rows(logits, rows)
+            scored_beams = score_beams(group.active[: len(rows)], own_logits)
+            beams.append((group, own_logits, *scored_beams))
         try:
             self._scheduler.complete(batch)
             for part in batch.groups:
@@ -104,9 +105,9 @@ class Generation:
                     group.metrics.first_token_time = now
             if sampled is not None:
                 self._append_all(ends, sampled)
-            for group, rows, scores, error in beams:
+            for group, own_logits, scores, error in beams:
                 if error is None:
-                    error = advance_beams(group, rows, scores, self._name_candidates)
+                    error = advance_beams(group, own_logits, scores, self._name_candidates)
                 if error is not None:
                     _fail(group, error)
         finally:
