@@ -5,7 +5,7 @@ and reading them would stall the stream. The backend that fills them answers for
 goes to flash-attn where it is installed and takes the case, else to Triton. The kernels are proven
 under Triton's interpreter and compile for sm_90; not yet run on a GPU.
 
-Owns: whether flash-attn may be used, one setting per process.
+Owns: nothing.
 Thread-safety: any thread, as long as no call writes rows that another one reads.
 """
 
@@ -35,24 +35,21 @@ if TYPE_CHECKING:
 # Rows past a sequence's end that the kernels may read: none, whatever they hold.
 LOOKAHEAD_ROWS: Final = 0
 
-_may_use_flash_attn = True
-
-
-def use_flash_attn(enabled: bool) -> None:
-    """Allow flash-attn (the default) or not. Without it rows are independent of batch mates."""
-    global _may_use_flash_attn
-    _may_use_flash_attn = enabled
-
 
 def kernel_name(
-    view: KVBatchView, k_cache: Tensor, v_cache: Tensor, *, sinks: Tensor | None = None
+    view: KVBatchView,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    sinks: Tensor | None = None,
+    may_use_flash_attn: bool = True,
 ) -> str:
     """Which kernel ``varlen_attention`` uses: ``"flash-attn"``, or ``"triton"`` and its kernels.
 
     ``"triton-decode"`` if no sequence has more than one new row, else ``"triton-prefill"``, which
     leaves the sequences of one new row to the decode kernel all the same.
     """
-    if _uses_flash_attn(k_cache, v_cache, sinks):
+    if may_use_flash_attn and takes_flash_attn(k_cache, v_cache, sinks):
         return "flash-attn"
     return "triton-decode" if view.max_seqlen_q <= 1 else "triton-prefill"
 
@@ -98,6 +95,7 @@ def varlen_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    may_use_flash_attn: bool = True,
 ) -> Tensor:
     """Attend each packed query to its sequence's cached rows up to its own position.
 
@@ -116,6 +114,7 @@ def varlen_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for no cap.
         sinks: ``[num_heads]`` float32, one more logit in the denominator of each head.
         out: ``[total_q, num_heads, v_head_dim]`` to write to; a new tensor by default.
+        may_use_flash_attn: False leaves all to Triton, whose rows are independent of batch mates.
 
     Raises:
         ConfigError: a shape, dtype, device or setting does not fit; ``out`` was not written.
@@ -147,7 +146,7 @@ def varlen_attention(
     if batch == 0 or view.max_seqlen_q == 0 or query.shape[0] == 0:
         return out.zero_()
     with _current(query.device):
-        if _uses_flash_attn(k_cache, v_cache, sinks):
+        if may_use_flash_attn and takes_flash_attn(k_cache, v_cache, sinks):
             flash_paged.attend(
                 flash_paged.load_flash_attn(),
                 query,
@@ -229,10 +228,10 @@ def _attend_by_triton(
         )
 
 
-def _uses_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
+def takes_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
+    """Whether flash-attn is there, for a GPU that it runs on, and takes these caches."""
     return (
-        _may_use_flash_attn
-        and k_cache.is_cuda
+        k_cache.is_cuda
         and flash_paged.can_attend(k_cache, v_cache, sinks)
         and flash_paged.load_flash_attn() is not None
         and torch.cuda.get_device_capability(k_cache.device) >= (8, 0)
