@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings_attention.h"
+#include "cuda_driver.h"
 #include "dlpack.h"
 #include "driver.h"
 #include "error.h"
@@ -82,7 +83,8 @@ py::object make_tensor_capsule(const KVArena& arena, std::size_t region_idx,
   context->strides = std::move(strides);
   dlpack::Tensor& tensor = context->managed.tensor;
   tensor.data = reinterpret_cast<void*>(context->region->address() + byte_offset);
-  tensor.device = {dlpack::kDeviceCpu, 0};
+  const TensorDevice device = context->region->tensor_device();
+  tensor.device = {device.type, device.id};
   tensor.ndim = static_cast<std::int32_t>(context->shape.size());
   tensor.dtype = to_dlpack_type(dtype);
   tensor.shape = context->shape.data();
@@ -129,6 +131,8 @@ py::dict stats_dict(KVArena& arena) {
   result["max_pages"] = stats.pool.max_pages;
   result["map_calls"] = stats.driver.map_calls;
   result["unmap_calls"] = stats.driver.unmap_calls;
+  result["access_calls"] = stats.driver.access_calls;
+  result["wait_calls"] = stats.driver.wait_calls;
   result["create_calls"] = stats.driver.create_calls;
   result["destroy_calls"] = stats.driver.destroy_calls;
   result["reserved_bytes"] = stats.reserved_bytes;
@@ -146,6 +150,7 @@ py::dict stats_dict(KVArena& arena) {
   result["num_live"] = stats.num_live;
   result["peak_live"] = stats.peak_live;
   result["critical_pages"] = stats.critical_pages;
+  result["critical_creates"] = stats.critical_creates;
   result["background_pages"] = stats.background_pages;
   result["adopted_pages"] = stats.adopted_pages;
   result["reclaimed_pages"] = stats.reclaimed_pages;
@@ -159,6 +164,82 @@ py::dict stats_dict(KVArena& arena) {
   result["committed_byte_steps"] = stats.committed_byte_steps;
   result["worker_error"] = stats.worker_error;
   return result;
+}
+
+std::optional<std::vector<py::bytes>> read_pages(Driver& driver,
+                                                 const std::vector<PageHandle>& pages) {
+  std::vector<std::string> contents(pages.size(), std::string(driver.page_bytes(), '\0'));
+  std::vector<char*> targets;
+  for (std::string& content : contents) targets.push_back(content.data());
+  {
+    const py::gil_scoped_release release;
+    if (!driver.try_read_pages(pages.data(), targets.data(), pages.size())) return std::nullopt;
+  }
+  return std::vector<py::bytes>(contents.begin(), contents.end());
+}
+
+bool write_pages(Driver& driver, const std::vector<PageHandle>& pages,
+                 const std::vector<std::string>& contents) {
+  std::vector<const char*> sources;
+  for (const std::string& content : contents) {
+    if (content.size() != driver.page_bytes()) {
+      throw ConfigError(with_limit("bytes to write", content.size(),
+                                   "a page, " + std::to_string(driver.page_bytes())));
+    }
+    sources.push_back(content.data());
+  }
+  if (sources.size() != pages.size()) {
+    throw ConfigError(
+        with_limit("contents", sources.size(), "one a page, " + std::to_string(pages.size())));
+  }
+  const py::gil_scoped_release release;
+  return driver.try_write_pages(pages.data(), sources.data(), pages.size());
+}
+
+py::dict cuda_info(const CudaDriver& driver) {
+  const CudaInfo info = driver.info();
+  py::dict result;
+  result["device_name"] = info.device_name;
+  result["compute_capability"] = info.compute_capability;
+  result["granularity_bytes"] = info.granularity;
+  result["recommended_granularity_bytes"] = info.recommended_granularity;
+  result["total_bytes"] = info.total_bytes;
+  result["driver_version"] = info.driver_version;
+  result["unmap_runs"] = info.probe.unmap_runs;
+  result["access_runs"] = info.probe.access_runs;
+  result["read_only"] = info.probe.read_only;
+  return result;
+}
+
+void bind_cuda_driver(py::module_& m) {
+  py::class_<CudaDriver, Driver, std::shared_ptr<CudaDriver>>(m, "CudaDriver")
+      .def("info", &cuda_info)
+      .def("calls", &CudaDriver::calls)
+      .def("export_page", &CudaDriver::export_page, py::arg("page"), NoGil());
+  m.def(
+      "make_cuda_driver",
+      [](std::size_t page_bytes, int device, const std::string& library, bool cpu_tensors,
+         bool exportable, bool gpu_direct_rdma) {
+        CudaOptions options;
+        options.page_bytes = page_bytes;
+        options.device = device;
+        options.library = library;
+        options.cpu_tensors = cpu_tensors;
+        options.exportable = exportable;
+        options.gpu_direct_rdma = gpu_direct_rdma;
+        return make_cuda_driver(options);
+      },
+      py::arg("page_bytes") = 0, py::arg("device") = 0, py::kw_only(), py::arg("library") = "",
+      py::arg("cpu_tensors") = false, py::arg("exportable") = false,
+      py::arg("gpu_direct_rdma") = false, NoGil());
+  m.def(
+      "cuda_absence",
+      [](const std::string& library, int device) -> std::optional<std::string> {
+        const std::string reason = cuda_absence(library, device);
+        if (reason.empty()) return std::nullopt;
+        return reason;
+      },
+      py::arg("library") = "", py::arg("device") = 0, NoGil());
 }
 
 void bind_drivers(py::module_& m) {
@@ -177,6 +258,8 @@ void bind_drivers(py::module_& m) {
              py::dict result;
              result["map_calls"] = counters.map_calls;
              result["unmap_calls"] = counters.unmap_calls;
+             result["access_calls"] = counters.access_calls;
+             result["wait_calls"] = counters.wait_calls;
              result["create_calls"] = counters.create_calls;
              result["destroy_calls"] = counters.destroy_calls;
              return result;
@@ -202,32 +285,25 @@ void bind_drivers(py::module_& m) {
                            is_writable ? Access::kReadWrite : Access::kReadOnly);
           },
           py::arg("address"), py::arg("num_pages"), py::kw_only(), py::arg("is_writable"), NoGil())
-      .def("zero", &Driver::zero, py::arg("address"), py::arg("num_bytes"), NoGil())
-      .def("copy_page", &Driver::copy_page, py::arg("to"), py::arg("page"), py::arg("num_bytes"),
-           NoGil())
-      .def(
-          "read_page",
-          [](Driver& driver, PageHandle page) {
-            std::string bytes(driver.page_bytes(), '\0');
-            driver.read_page(page, bytes.data());
-            return py::bytes(bytes);
-          },
-          py::arg("page"))
-      .def(
-          "write_page",
-          [](Driver& driver, PageHandle page, const py::bytes& bytes) {
-            const std::string_view view = bytes;
-            if (view.size() != driver.page_bytes()) {
-              throw ConfigError(with_limit("bytes to write", view.size(),
-                                           "a page, " + std::to_string(driver.page_bytes())));
-            }
-            driver.write_page(page, view.data());
-          },
-          py::arg("page"), py::arg("content"))
-      .def("record_fence", &Driver::record_fence, py::arg("stream") = 0, NoGil())
+      .def("try_zero", &Driver::try_zero, py::arg("address"), py::arg("num_bytes"), NoGil())
+      .def("try_copy_page", &Driver::try_copy_page, py::arg("to"), py::arg("page"),
+           py::arg("num_bytes"), NoGil())
+      .def("try_read_pages", &read_pages, py::arg("pages"))
+      .def("try_write_pages", &write_pages, py::arg("pages"), py::arg("contents"))
+      .def_property_readonly("tensor_device",
+                             [](const Driver& driver) {
+                               const TensorDevice device = driver.tensor_device();
+                               return py::make_tuple(device.type, device.id);
+                             })
+      .def_property_readonly("is_async", &Driver::is_async)
+      .def("use_stream", &Driver::use_stream, py::arg("stream"), NoGil())
+      .def("wait_enqueued", &Driver::wait_enqueued, NoGil())
+      .def("try_record_fence", &Driver::try_record_fence, NoGil())
       .def("fence_passed", &Driver::fence_passed, py::arg("fence"), NoGil());
   m.def("make_host_driver", &make_host_driver, py::arg("page_bytes"));
   m.def("make_null_driver", &make_null_driver, py::arg("page_bytes"));
+
+  bind_cuda_driver(m);
 
   py::enum_<Fault>(m, "Fault")
       .value("NONE", Fault::kNone)
@@ -309,7 +385,8 @@ void bind_arena(py::module_& m) {
                        std::size_t layers_per_group, bool kv_split, std::size_t num_slots,
                        std::size_t max_rows, std::size_t max_pages, std::size_t low_pages,
                        std::size_t high_pages, std::size_t ahead_rows, std::size_t lookahead_rows,
-                       bool zero_on_reuse, std::size_t swap_bytes, bool protect_shared) {
+                       std::size_t spare_pages, bool zero_on_reuse, std::size_t swap_bytes,
+                       bool protect_shared) {
              ArenaConfig config{};
              config.layers = std::move(layers);
              config.layers_per_group = layers_per_group;
@@ -321,6 +398,7 @@ void bind_arena(py::module_& m) {
              config.high_pages = high_pages;
              config.ahead_rows = ahead_rows;
              config.lookahead_rows = lookahead_rows;
+             config.spare_pages = spare_pages;
              config.zero_on_reuse = zero_on_reuse;
              config.swap_bytes = swap_bytes;
              config.protect_shared = protect_shared;
@@ -330,8 +408,9 @@ void bind_arena(py::module_& m) {
            py::arg("layers_per_group"), py::arg("kv_split") = false, py::arg("num_slots"),
            py::arg("max_rows"), py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, py::arg("ahead_rows") = 0,
-           py::arg("lookahead_rows") = 0, py::arg("zero_on_reuse") = false,
-           py::arg("swap_bytes") = 0, py::arg("protect_shared") = false)
+           py::arg("lookahead_rows") = 0, py::arg("spare_pages") = 0,
+           py::arg("zero_on_reuse") = false, py::arg("swap_bytes") = 0,
+           py::arg("protect_shared") = false)
       .def("try_admit", &KVArena::try_admit, py::arg("num_slots"), py::arg("num_rows"),
            py::arg("reserved_rows") = 0, py::arg("prefix") = nullptr, NoGil())
       .def("can_admit", &KVArena::can_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
@@ -356,8 +435,8 @@ void bind_arena(py::module_& m) {
       .def("truncate", &KVArena::truncate, py::arg("slot"), py::arg("num_rows"), NoGil())
       .def("free", &free_slots, py::arg("slots"))
       .def("prefetch", &KVArena::prefetch, py::arg("num_rows"), NoGil())
-      .def("begin_step", &KVArena::begin_step, NoGil())
-      .def("end_step", &KVArena::end_step, py::arg("epoch"), py::arg("stream") = 0, NoGil())
+      .def("begin_step", &KVArena::begin_step, py::arg("stream") = 0, NoGil())
+      .def("end_step", &KVArena::end_step, py::arg("epoch"), NoGil())
       .def("trim", &KVArena::trim, py::arg("keep_free"), NoGil())
       .def("resize", &KVArena::resize, py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, NoGil())

@@ -1,4 +1,4 @@
-// dlpack.h: the DLPack 0.8 ABI, as much of it as handing out a CPU tensor needs.
+// dlpack.h: the DLPack 0.8 ABI, as much of it as handing out a tensor needs.
 // Owns: nothing.  Thread-safety: plain structs. Source: dmlc/dlpack, include/dlpack/dlpack.h.
 #pragma once
 
@@ -7,6 +7,7 @@
 namespace vmalloc::dlpack {
 
 constexpr std::int32_t kDeviceCpu = 1;
+constexpr std::int32_t kDeviceCuda = 2;
 constexpr std::uint8_t kTypeFloat = 2;
 constexpr std::uint8_t kTypeBfloat = 4;
 

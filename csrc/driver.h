@@ -17,6 +17,12 @@ using Fence = std::uint64_t;       ///< a point in a stream; 0 has always passed
 
 enum class Access { kReadWrite, kReadOnly };
 
+/// Where tensors over a driver's memory are, in DLPack's numbers.
+struct TensorDevice {
+  std::int32_t type;
+  std::int32_t id;
+};
+
 struct MemoryInfo {
   std::size_t free_bytes;
   std::size_t total_bytes;
@@ -24,14 +30,20 @@ struct MemoryInfo {
 
 /// Driver calls made so far; they only ever grow.
 struct DriverCounters {
-  std::uint64_t map_calls = 0;
-  std::uint64_t unmap_calls = 0;
+  std::uint64_t map_calls = 0;     ///< runs of pages mapped
+  std::uint64_t unmap_calls = 0;   ///< runs unmapped
+  std::uint64_t access_calls = 0;  ///< calls that made mapped pages accessible, where that is one
   std::uint64_t create_calls = 0;
   std::uint64_t destroy_calls = 0;
+  std::uint64_t wait_calls = 0;  ///< times a caller waited for the device
 };
 
 /// One page size per driver object. `try_` methods report lack of memory (or of mappings) as a
 /// value and change nothing then; any other failure throws DriverError.
+///
+/// Where the device works on its own (is_async), zeroing and copying are enqueued: in the order of
+/// the calls, after all work that was enqueued on the driver's stream before, ahead of what comes
+/// after. Nothing that they touch may be unmapped before a fence recorded later has passed.
 class Driver {
  public:
   Driver() = default;
@@ -44,9 +56,15 @@ class Driver {
   /// Smallest unit the device maps; `page_bytes()` is a multiple of it.
   [[nodiscard]] virtual std::size_t granularity() const = 0;
   [[nodiscard]] virtual std::size_t page_bytes() const = 0;
+  [[nodiscard]] virtual TensorDevice tensor_device() const = 0;
+  [[nodiscard]] virtual bool is_async() const = 0;
 
-  /// Take `bytes` (a page multiple) of address space, aligned to a page. Reading rows that are not
-  /// mapped yields 0.0 where the device allows it (host); writing them faults.
+  /// Enqueue on `stream` from now on, after whatever was enqueued on the stream before it.
+  virtual void use_stream(Stream stream) = 0;
+
+  /// Take `bytes` (a page multiple) of address space, aligned to a page whose size is a power of
+  /// two, else to the granularity. Reading rows that are not mapped yields 0.0 where the device
+  /// allows it (host) and faults elsewhere; writing them faults.
   [[nodiscard]] virtual std::optional<Address> try_reserve(std::size_t bytes) = 0;
 
   /// Requires: the whole of a reservation, nothing mapped in it.
@@ -70,20 +88,29 @@ class Driver {
   /// Change how mapped pages may be accessed. Requires: as for unmap.
   virtual void protect(Address address, std::size_t num_pages, Access access) = 0;
 
-  /// Fill mapped writable memory with zeros before anything later on any stream reads it.
-  virtual void zero(Address address, std::size_t bytes) = 0;
+  /// Fill mapped writable memory with zeros.
+  [[nodiscard]] virtual bool try_zero(Address address, std::size_t bytes) = 0;
 
-  /// Copy the first `bytes` of a page, mapped or not, to mapped writable memory: after what was
-  /// enqueued so far on any stream may have written it, before anything later reads the copy.
-  virtual void copy_page(Address to, PageHandle from, std::size_t bytes) = 0;
+  /// Copy the first `bytes` of a page, mapped or not, to mapped writable memory.
+  [[nodiscard]] virtual bool try_copy_page(Address to, PageHandle from, std::size_t bytes) = 0;
 
-  /// Copy a whole page to host memory or back, in the same order; done when the call returns.
-  virtual void read_page(PageHandle from, void* to) = 0;
-  virtual void write_page(PageHandle to, const void* from) = 0;
+  /// Host memory that pages are copied to and from fastest; null if there is none.
+  [[nodiscard]] virtual std::shared_ptr<char[]> try_allocate_host(std::size_t bytes) = 0;
 
-  /// A fence that passes once all work enqueued on `stream` so far is done.
-  [[nodiscard]] virtual Fence record_fence(Stream stream) = 0;
+  /// Copy whole pages to host memory or back, after what was enqueued so far; done when the call
+  /// returns.
+  [[nodiscard]] virtual bool try_read_pages(const PageHandle* from, char* const* to,
+                                            std::size_t num_pages) = 0;
+  [[nodiscard]] virtual bool try_write_pages(const PageHandle* to, const char* const* from,
+                                             std::size_t num_pages) = 0;
+
+  /// A fence that passes once all work enqueued on the stream so far is done.
+  [[nodiscard]] virtual std::optional<Fence> try_record_fence() = 0;
   [[nodiscard]] virtual bool fence_passed(Fence fence) = 0;
+
+  /// Wait until all work enqueued on the stream so far is done: for errors and endings, never for
+  /// a step.
+  virtual void wait_enqueued() = 0;
 
   [[nodiscard]] virtual MemoryInfo memory_info() const = 0;
   [[nodiscard]] virtual DriverCounters counters() const = 0;

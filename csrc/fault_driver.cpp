@@ -30,7 +30,6 @@ void FaultDriver::delay_maps(unsigned microseconds) { map_delay_us_ = microsecon
 void FaultDriver::hold_fences(bool hold) {
   const std::lock_guard<std::mutex> lock(mutex_);
   hold_ = hold;
-  if (!hold) passed_ = next_fence_ - 1;
 }
 
 std::optional<Address> FaultDriver::try_reserve(std::size_t bytes) {
@@ -60,9 +59,10 @@ void FaultDriver::unmap(Address address, std::size_t num_pages) {
   inner_->unmap(address, num_pages);
 }
 
-void FaultDriver::zero(Address address, std::size_t bytes) {
+bool FaultDriver::try_zero(Address address, std::size_t bytes) {
+  if (is_due("zero")) return false;
   throw_if_release_due("zero");
-  inner_->zero(address, bytes);
+  return inner_->try_zero(address, bytes);
 }
 
 void FaultDriver::protect(Address address, std::size_t num_pages, Access access) {
@@ -70,29 +70,44 @@ void FaultDriver::protect(Address address, std::size_t num_pages, Access access)
   inner_->protect(address, num_pages, access);
 }
 
-void FaultDriver::copy_page(Address to, PageHandle from, std::size_t bytes) {
+bool FaultDriver::try_copy_page(Address to, PageHandle from, std::size_t bytes) {
+  if (is_due("copy")) return false;
   throw_if_release_due("copy");
-  inner_->copy_page(to, from, bytes);
+  return inner_->try_copy_page(to, from, bytes);
 }
 
-void FaultDriver::read_page(PageHandle from, void* to) {
+std::shared_ptr<char[]> FaultDriver::try_allocate_host(std::size_t bytes) {
+  return is_due("allocate_host") ? nullptr : inner_->try_allocate_host(bytes);
+}
+
+bool FaultDriver::try_read_pages(const PageHandle* from, char* const* to, std::size_t num_pages) {
+  if (is_due("read")) return false;
   throw_if_release_due("read");
-  inner_->read_page(from, to);
+  return inner_->try_read_pages(from, to, num_pages);
 }
 
-void FaultDriver::write_page(PageHandle to, const void* from) {
+bool FaultDriver::try_write_pages(const PageHandle* to, const char* const* from,
+                                  std::size_t num_pages) {
+  if (is_due("write")) return false;
   throw_if_release_due("write");
-  inner_->write_page(to, from);
+  return inner_->try_write_pages(to, from, num_pages);
 }
 
-Fence FaultDriver::record_fence(Stream) {
+std::optional<Fence> FaultDriver::try_record_fence() {
+  if (is_due("record_fence")) return std::nullopt;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!hold_) return 0;
+  const std::optional<Fence> inner = inner_->try_record_fence();
+  if (!inner) return std::nullopt;
+  recorded_.emplace_back(next_fence_, *inner);
   return next_fence_++;
 }
 
 bool FaultDriver::fence_passed(Fence fence) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  while (!hold_ && !recorded_.empty() && inner_->fence_passed(recorded_.front().second)) {
+    passed_ = recorded_.front().first;
+    recorded_.pop_front();
+  }
   return fence <= passed_;
 }
 

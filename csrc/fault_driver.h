@@ -3,8 +3,10 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "driver.h"
 
@@ -17,14 +19,14 @@ class FaultDriver final : public Driver {
  public:
   explicit FaultDriver(std::shared_ptr<Driver> inner) : inner_(std::move(inner)) {}
 
-  /// Fail fallible call number `call` from now on (0 is the next): reserve, create and map count.
+  /// Fail fallible call number `call` from now on (0 is the next): all that `try_` names counts.
   void fail_call(std::uint64_t call, Fault fault);
 
   /// Fallible calls seen since the last fail_call.
   [[nodiscard]] std::uint64_t num_calls() const;
 
-  /// Let call number `call` from now on of those that give back (unmap, destroy), clear or copy
-  /// memory throw.
+  /// Let call number `call` from now on of those that give back (unmap, destroy), protect, clear or
+  /// copy memory throw.
   void fail_release_call(std::uint64_t call);
 
   /// Wait this long before each mapping, so that other threads meet one under way.
@@ -36,6 +38,9 @@ class FaultDriver final : public Driver {
   const char* name() const override { return inner_->name(); }
   std::size_t granularity() const override { return inner_->granularity(); }
   std::size_t page_bytes() const override { return inner_->page_bytes(); }
+  TensorDevice tensor_device() const override { return inner_->tensor_device(); }
+  bool is_async() const override { return inner_->is_async(); }
+  void use_stream(Stream stream) override { inner_->use_stream(stream); }
   std::optional<Address> try_reserve(std::size_t bytes) override;
   void release(Address address, std::size_t bytes) override { inner_->release(address, bytes); }
   std::optional<PageHandle> try_create_page(std::uint32_t index) override;
@@ -44,12 +49,15 @@ class FaultDriver final : public Driver {
                Access access) override;
   void unmap(Address address, std::size_t num_pages) override;
   void protect(Address address, std::size_t num_pages, Access access) override;
-  void zero(Address address, std::size_t bytes) override;
-  void copy_page(Address to, PageHandle from, std::size_t bytes) override;
-  void read_page(PageHandle from, void* to) override;
-  void write_page(PageHandle to, const void* from) override;
-  Fence record_fence(Stream stream) override;
+  bool try_zero(Address address, std::size_t bytes) override;
+  bool try_copy_page(Address to, PageHandle from, std::size_t bytes) override;
+  std::shared_ptr<char[]> try_allocate_host(std::size_t bytes) override;
+  bool try_read_pages(const PageHandle* from, char* const* to, std::size_t num_pages) override;
+  bool try_write_pages(const PageHandle* to, const char* const* from,
+                       std::size_t num_pages) override;
+  std::optional<Fence> try_record_fence() override;
   bool fence_passed(Fence fence) override;
+  void wait_enqueued() override { inner_->wait_enqueued(); }
   MemoryInfo memory_info() const override { return inner_->memory_info(); }
   DriverCounters counters() const override { return inner_->counters(); }
 
@@ -69,6 +77,7 @@ class FaultDriver final : public Driver {
   bool hold_ = false;
   Fence next_fence_ = 1;
   Fence passed_ = 0;
+  std::deque<std::pair<Fence, Fence>> recorded_;  // ours and the wrapped driver's, not yet passed
 };
 
 }  // namespace vmalloc

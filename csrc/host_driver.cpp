@@ -17,8 +17,10 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <new>
 #include <string>
 
+#include "dlpack.h"
 #include "driver.h"
 #include "error.h"
 
@@ -178,6 +180,14 @@ class HostDriver final : public Driver {
   const char* name() const override { return "host"; }
   std::size_t granularity() const override { return granularity_; }
   std::size_t page_bytes() const override { return page_bytes_; }
+  TensorDevice tensor_device() const override { return {dlpack::kDeviceCpu, 0}; }
+
+  // The CPU runs no kernels of its own accord: all is in order, and done when a call returns.
+  bool is_async() const override { return false; }
+  void use_stream(Stream) override {}
+  void wait_enqueued() override {}
+  std::optional<Fence> try_record_fence() override { return 0; }
+  bool fence_passed(Fence) override { return true; }
 
   std::optional<Address> try_reserve(std::size_t bytes) override {
     // mmap aligns to the system page only, so take one page more and cut both ends.
@@ -272,29 +282,31 @@ class HostDriver final : public Driver {
     note_mappings(most_mappings());
   }
 
-  void zero(Address address, std::size_t bytes) override {
+  bool try_zero(Address address, std::size_t bytes) override {
     std::memset(to_pointer(address), 0, bytes);
+    return true;
   }
 
-  // Through the file, because a page need not be mapped anywhere. The CPU runs no kernels of its
-  // own accord, so all of this is in order.
-  void copy_page(Address to, PageHandle from, std::size_t bytes) override {
-    read_bytes(from, to_pointer(to), bytes);
-  }
-  void read_page(PageHandle from, void* to) override { read_bytes(from, to, page_bytes_); }
-  void write_page(PageHandle to, const void* from) override {
-    const auto* source = static_cast<const char*>(from);
-    for (std::size_t done = 0; done < page_bytes_;) {
-      const ssize_t count = pwrite(fd_, source + done, page_bytes_ - done,
-                                   static_cast<off_t>(to * page_bytes_ + done));
-      if (count <= 0 && errno != EINTR) throw last_error("pwrite");
-      if (count > 0) done += static_cast<std::size_t>(count);
-    }
+  // Through the file, because a page need not be mapped anywhere.
+  bool try_copy_page(Address to, PageHandle from, std::size_t bytes) override {
+    read_bytes(from, static_cast<char*>(to_pointer(to)), bytes);
+    return true;
   }
 
-  // CPU kernels have finished when their call returns, so a fence has passed when it is recorded.
-  Fence record_fence(Stream) override { return 0; }
-  bool fence_passed(Fence) override { return true; }
+  std::shared_ptr<char[]> try_allocate_host(std::size_t bytes) override {
+    return std::shared_ptr<char[]>(new (std::nothrow) char[bytes]);
+  }
+
+  bool try_read_pages(const PageHandle* from, char* const* to, std::size_t num_pages) override {
+    for (std::size_t i = 0; i < num_pages; ++i) read_bytes(from[i], to[i], page_bytes_);
+    return true;
+  }
+
+  bool try_write_pages(const PageHandle* to, const char* const* from,
+                       std::size_t num_pages) override {
+    for (std::size_t i = 0; i < num_pages; ++i) write_bytes(to[i], from[i]);
+    return true;
+  }
 
   MemoryInfo memory_info() const override {
     struct sysinfo info{};
@@ -319,12 +331,20 @@ class HostDriver final : public Driver {
     noted_mappings_ = count;
   }
 
-  void read_bytes(PageHandle from, void* to, std::size_t bytes) const {
-    auto* target = static_cast<char*>(to);
+  void read_bytes(PageHandle from, char* to, std::size_t bytes) const {
     for (std::size_t done = 0; done < bytes;) {
       const ssize_t count =
-          pread(fd_, target + done, bytes - done, static_cast<off_t>(from * page_bytes_ + done));
+          pread(fd_, to + done, bytes - done, static_cast<off_t>(from * page_bytes_ + done));
       if (count <= 0 && errno != EINTR) throw last_error("pread");
+      if (count > 0) done += static_cast<std::size_t>(count);
+    }
+  }
+
+  void write_bytes(PageHandle to, const char* from) const {
+    for (std::size_t done = 0; done < page_bytes_;) {
+      const ssize_t count =
+          pwrite(fd_, from + done, page_bytes_ - done, static_cast<off_t>(to * page_bytes_ + done));
+      if (count <= 0 && errno != EINTR) throw last_error("pwrite");
       if (count > 0) done += static_cast<std::size_t>(count);
     }
   }

@@ -54,7 +54,7 @@ KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
     idle_.insert(slot, 0, 0);
   }
   if (config_.ahead_rows > 0) {
-    worker_ = std::make_shared<CommitWorker>([this](std::uint32_t slot) { commit_ahead(slot); });
+    worker_ = std::make_shared<CommitWorker>([this](std::uint32_t job) { work(job); });
   }
 }
 
@@ -86,6 +86,11 @@ void KVArena::close() {
     for (std::uint32_t i = 0; i < num_pins; ++i) pool_.unhold(page);
   }
   std::exception_ptr failure;
+  try {
+    if (driver_->is_async()) driver_->wait_enqueued();  // kernels may read what is unmapped now
+  } catch (const DriverError&) {
+    failure = std::current_exception();
+  }
   for (std::uint32_t slot = 0; slot < slots_.size(); ++slot) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
       SlotPages& mapped = slots_[slot].regions[r];
@@ -229,7 +234,8 @@ std::optional<KVArena::Slots> KVArena::admit(Lock& lock, const std::vector<const
     }
     is_backed = taken.size() == prefixes.size() && grow(lock, taken);
     if (is_backed && config_.zero_on_reuse) {
-      for (const std::uint32_t slot : taken) scrub(slot);
+      is_backed = std::all_of(taken.begin(), taken.end(),
+                              [this](std::uint32_t slot) { return try_scrub(slot); });
     }
   } catch (...) {
     give_up();
@@ -290,14 +296,19 @@ std::uint32_t KVArena::take_clean_slot() {
 }
 
 /// Clear what the slot's last sequence left, in retired pages too: growth takes those back.
-void KVArena::scrub(std::uint32_t slot) {
-  if (slots_[slot].shared_rows > 0) return;  // it was clean: nothing but what it starts with
+bool KVArena::try_scrub(std::uint32_t slot) {
+  if (slots_[slot].shared_rows > 0) return true;  // it was clean: nothing but what it starts with
   for (std::size_t r = 0; r < regions_.size(); ++r) {
-    const SlotPages& mapped = slots_[slot].regions[r];
+    SlotPages& mapped = slots_[slot].regions[r];
     const std::size_t num_seen = std::min(mapped.num_exposed, mapped.pages.size());
     if (num_seen == 0) continue;
-    driver_->zero(regions_[r]->page_address(slot, 0), num_seen * totals_.page_bytes);
+    note_enqueued();
+    if (driver_->is_async()) mapped.enqueued_in = epoch_;
+    if (!driver_->try_zero(regions_[r]->page_address(slot, 0), num_seen * totals_.page_bytes)) {
+      return false;
+    }
   }
+  return true;
 }
 
 void KVArena::adopt(std::uint32_t slot, std::size_t num_rows, std::size_t num_warm_pages) {
@@ -378,6 +389,7 @@ void KVArena::end_sequence(std::uint32_t slot) {
   needed_pages_ -= slot_pages_needed(entry.reserved_rows);
   entry.reserved_rows = 0;
   entry.last_use = epoch_;
+  want_fence(epoch_);
   --num_live_;
   end_use(slot, next_parked_at_++);
 }
@@ -410,36 +422,64 @@ void KVArena::finish_drain(std::uint32_t slot) {
 
 // ---- steps
 
-Epoch KVArena::begin_step() {
+Epoch KVArena::begin_step(Stream stream) {
   const Lock lock = enter();
   if (closed_ != epoch_) {
     throw ConfigError("step " + std::to_string(epoch_) + " is still open; end it first");
   }
+  driver_->use_stream(stream);
   return ++epoch_;
 }
 
-void KVArena::end_step(Epoch epoch, Stream stream) {
+void KVArena::end_step(Epoch epoch) {
   const Lock lock = enter();
   if (epoch != epoch_ || closed_ == epoch_) {
     throw ConfigError("step " + std::to_string(epoch) + " is not open; the last one begun is " +
                       std::to_string(epoch_));
   }
   closed_ = epoch;
-  fences_.emplace_back(epoch, driver_->record_fence(stream));
-  poll_fences();
   ++totals_.num_steps;
   note_peak();
   totals_.live_byte_steps += static_cast<double>(num_live_bytes());
   totals_.committed_byte_steps += static_cast<double>(num_committed() * totals_.page_bytes);
+  poll_fences();
   give_back_above_high();
 }
 
-void KVArena::poll_fences() {
+/// Something waits until no kernel of this step, or of one before it, runs any more.
+void KVArena::want_fence(Epoch epoch) noexcept {
+  wanted_ = std::max(wanted_, epoch);
+  if (std::min(wanted_, closed_) <= fenced_) return;  // covered, or the step is still open
+  try {
+    advance();
+  } catch (const DriverError&) {
+    // The next poll tries again, and reports it.
+  }
+}
+
+/// Record the fence that is wanted, if any, and see how far the device has come.
+void KVArena::advance() {
+  if (std::min(wanted_, closed_) > fenced_) {
+    if (const std::optional<Fence> fence = driver_->try_record_fence()) {
+      fences_.emplace_back(closed_, *fence);
+      fenced_ = closed_;
+    }
+  }
   while (!fences_.empty() && driver_->fence_passed(fences_.front().second)) {
     completed_ = fences_.front().first;
     fences_.pop_front();
   }
+}
+
+void KVArena::poll_fences() {
+  advance();
   settle();
+}
+
+/// The driver may have enqueued work just now. Between two steps no fence to come would stand for
+/// it, so it gets a number of its own.
+void KVArena::note_enqueued() {
+  if (driver_->is_async() && closed_ == epoch_) closed_ = ++epoch_;
 }
 
 }  // namespace vmalloc

@@ -41,6 +41,7 @@ struct ArenaConfig {
   std::size_t high_pages = SIZE_MAX;  ///< unneeded pages above this go back to the system
   std::size_t ahead_rows = 0;         ///< rows the worker keeps backed past each end; 0: no worker
   std::size_t lookahead_rows = 0;     ///< rows past the end that a kernel may read: always backed
+  std::size_t spare_pages = 0;        ///< free pages that the worker keeps created while rows grow
   bool zero_on_reuse = false;         ///< clear a page before another sequence sees it
   std::size_t swap_bytes = 0;         ///< host memory that swapped-out groups may take
   bool protect_shared = false;        ///< map shared pages read-only, to catch a missed copy
@@ -62,6 +63,7 @@ struct ArenaStats {
   std::size_t num_live = 0;
   std::size_t peak_live = 0;
   std::uint64_t critical_pages = 0;    ///< mapped while the caller waited
+  std::uint64_t critical_creates = 0;  ///< created while the caller waited
   std::uint64_t background_pages = 0;  ///< mapped by the worker
   std::uint64_t adopted_pages = 0;     ///< found mapped already by a new sequence
   std::uint64_t reclaimed_pages = 0;   ///< taken back from ahead and parked
@@ -150,8 +152,10 @@ class KVArena {
   void pin_pages(const std::vector<PageId>& pages);
   void unpin_pages(const std::vector<PageId>& pages);
 
-  [[nodiscard]] Epoch begin_step();
-  void end_step(Epoch epoch, Stream stream);
+  /// The step's kernels go to `stream`, as do the driver's copies from now on. Fences are recorded
+  /// only where something waits for one: a step that needs no page makes no driver call.
+  [[nodiscard]] Epoch begin_step(Stream stream);
+  void end_step(Epoch epoch);
 
   /// Take back all ahead and parked pages, then destroy free ones beyond `keep_free`; the count.
   std::size_t trim(std::size_t keep_free);
@@ -191,10 +195,13 @@ class KVArena {
     PageId copy_from = kNoPage;  ///< fill the start of the first new page from this
     std::size_t copy_bytes = 0;
     std::vector<PageId> pages;
+    std::size_t num_created = 0;
+    bool is_zeroed = false;  ///< another sequence's contents are to be cleared
     bool is_mapped = false;
   };
   using Lock = std::unique_lock<std::mutex>;
   static constexpr std::uint32_t kNoSlot = UINT32_MAX;
+  static constexpr std::uint32_t kSparePages = UINT32_MAX;  // the worker's job that is no slot
 
   // Geometry.
   [[nodiscard]] std::size_t backed_rows(std::size_t num_rows) const;
@@ -211,6 +218,8 @@ class KVArena {
                                  std::vector<Growth>* plan) const;
   enum class Outcome { kDone, kNoPages, kNoMappings };
   [[nodiscard]] Outcome acquire_and_map(std::vector<Growth>& plan);
+  [[nodiscard]] Outcome acquire_and_map_one(Growth& growth);
+  [[nodiscard]] bool try_fill(const Growth& growth);
   void share_pages(Growth& growth);
   void undo(std::vector<Growth>& plan) noexcept;
   [[nodiscard]] Outcome try_growths(std::vector<Growth>& growths, std::size_t num_pages);
@@ -244,7 +253,8 @@ class KVArena {
   void unshare(std::uint32_t slot);
   [[nodiscard]] bool try_unprotect(std::uint32_t slot, std::size_t region, std::size_t first);
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
-  [[nodiscard]] std::shared_ptr<char[]> copy_page_out(PageId page) const;
+  [[nodiscard]] std::optional<std::vector<std::shared_ptr<char[]>>> copy_out(
+      const std::vector<PageId>& pages) const;
   void hold_copy(SwappedGroup* group, std::size_t idx, std::shared_ptr<char[]> copy);
   void drop_held(SwappedGroup* group, std::size_t idx);
   void drop_copy(SwappedGroup* group, std::size_t idx);
@@ -269,15 +279,21 @@ class KVArena {
   void update_idle(std::uint32_t slot);
   std::uint32_t live_slot(std::int64_t slot) const;
   std::uint32_t live_slot_once(std::int64_t slot);
-  void scrub(std::uint32_t slot);
+  [[nodiscard]] bool try_scrub(std::uint32_t slot);
   void set_rows(Slot& slot, std::size_t num_rows);
   void post(std::uint32_t slot);
+  void work(std::uint32_t job);
   void commit_ahead(std::uint32_t slot);
+  void post_spare_pages();
+  void create_spare_pages();
   [[nodiscard]] bool any_in_flight() const;
   template <typename Condition>
   void wait(Lock& lock, Condition condition);
   void wait_landed(Lock& lock);
+  void want_fence(Epoch epoch) noexcept;
+  void advance();
   void poll_fences();
+  void note_enqueued();
   void note_peak();
   [[nodiscard]] Lock enter() const;
   void check_slot(std::uint32_t slot) const;
@@ -297,6 +313,7 @@ class KVArena {
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
   std::set<std::uint32_t> surplus_;  // live slots that may have more pages than they need soon
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
+  bool is_creating_ = false;         // the worker creates spare pages, or is about to
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
   std::size_t needed_pages_ = 0;  // of live slots; what they share counts for each
@@ -311,6 +328,8 @@ class KVArena {
   Epoch epoch_ = 0;      // last step begun
   Epoch closed_ = 0;     // last step ended
   Epoch completed_ = 0;  // last step whose fence, and all before it, passed
+  Epoch wanted_ = 0;     // last step that something waits for
+  Epoch fenced_ = 0;     // last step that a recorded fence covers
   std::deque<std::pair<Epoch, Fence>> fences_;
 
   ArenaStats totals_;  // the running sums and peaks; the rest is filled in by stats()

@@ -68,41 +68,55 @@ std::size_t KVArena::plan(std::uint32_t slot, std::size_t num_rows,
 
 KVArena::Outcome KVArena::acquire_and_map(std::vector<Growth>& plan) {
   try {
-    std::vector<PageHandle> handles;
     for (Growth& growth : plan) {
-      bool any_used = false;
-      if (growth.shared != nullptr) {
-        share_pages(growth);
-      } else {
-        std::vector<PageId> pages(growth.num_pages);
-        if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used)) {
-          undo(plan);
-          return Outcome::kNoPages;
-        }
-        growth.pages = std::move(pages);
-      }
-      handles.clear();
-      for (const PageId page : growth.pages) handles.push_back(pool_.handle(page));
-      const Address address = regions_[growth.region]->page_address(growth.slot, growth.first);
-      const bool is_protected = growth.shared != nullptr && config_.protect_shared;
-      if (!driver_->try_map(address, handles.data(), handles.size(),
-                            is_protected ? Access::kReadOnly : Access::kReadWrite)) {
-        undo(plan);
-        return Outcome::kNoMappings;
-      }
-      growth.is_mapped = true;
-      if (config_.zero_on_reuse && any_used) {
-        driver_->zero(address, growth.num_pages * totals_.page_bytes);
-      }
-      if (growth.copy_from != kNoPage) {
-        driver_->copy_page(address, pool_.handle(growth.copy_from), growth.copy_bytes);
-      }
+      const Outcome outcome = acquire_and_map_one(growth);
+      if (outcome == Outcome::kDone) continue;
+      undo(plan);
+      return outcome;
+    }
+    // Once all is mapped, because what is enqueued cannot be taken back without waiting for it.
+    for (const Growth& growth : plan) {
+      if (try_fill(growth)) continue;
+      undo(plan);
+      return Outcome::kNoMappings;
     }
   } catch (...) {
     undo(plan);
     throw;
   }
   return Outcome::kDone;
+}
+
+KVArena::Outcome KVArena::acquire_and_map_one(Growth& growth) {
+  if (growth.shared != nullptr) {
+    share_pages(growth);
+  } else {
+    std::vector<PageId> pages(growth.num_pages);
+    bool any_used = false;
+    if (!pool_.try_acquire(growth.num_pages, growth.after, pages.data(), &any_used,
+                           &growth.num_created)) {
+      return Outcome::kNoPages;
+    }
+    growth.pages = std::move(pages);
+    growth.is_zeroed = config_.zero_on_reuse && any_used;
+  }
+  std::vector<PageHandle> handles;
+  for (const PageId page : growth.pages) handles.push_back(pool_.handle(page));
+  const bool is_protected = growth.shared != nullptr && config_.protect_shared;
+  growth.is_mapped = driver_->try_map(
+      regions_[growth.region]->page_address(growth.slot, growth.first), handles.data(),
+      handles.size(), is_protected ? Access::kReadOnly : Access::kReadWrite);
+  return growth.is_mapped ? Outcome::kDone : Outcome::kNoMappings;
+}
+
+/// Clear what another sequence left, and copy the start that the new pages have in common with one.
+bool KVArena::try_fill(const Growth& growth) {
+  const Address address = regions_[growth.region]->page_address(growth.slot, growth.first);
+  if (growth.is_zeroed && !driver_->try_zero(address, growth.num_pages * totals_.page_bytes)) {
+    return false;
+  }
+  return growth.copy_from == kNoPage ||
+         driver_->try_copy_page(address, pool_.handle(growth.copy_from), growth.copy_bytes);
 }
 
 /// Take a reference to every page that the growth maps a further time.
@@ -120,6 +134,7 @@ void KVArena::undo(std::vector<Growth>& plan) noexcept {
   for (Growth& growth : plan) {
     try {
       if (growth.is_mapped) {
+        if (driver_->is_async()) driver_->wait_enqueued();  // it may be clearing or filling it
         driver_->unmap(regions_[growth.region]->page_address(growth.slot, growth.first),
                        growth.num_pages);
         growth.is_mapped = false;
@@ -136,9 +151,11 @@ void KVArena::undo(std::vector<Growth>& plan) noexcept {
 /// only what the driver would not unmap. The number of pages.
 std::size_t KVArena::publish(const std::vector<Growth>& plan) {
   std::size_t num_pages = 0;
+  note_enqueued();
   for (const Growth& growth : plan) {
     if (!growth.is_mapped) continue;
     SlotPages& mapped = slots_[growth.slot].regions[growth.region];
+    if (driver_->is_async()) mapped.enqueued_in = epoch_;
     for (std::size_t i = mapped.num_held(); i < mapped.pages.size(); ++i) {
       pool_.restore(mapped.pages[i]);
     }
@@ -172,7 +189,8 @@ void KVArena::restore_retired(std::uint32_t slot, std::size_t num_rows) {
 }
 
 bool KVArena::any_in_flight() const {
-  return std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.in_flight; });
+  return is_creating_ ||
+         std::any_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.in_flight; });
 }
 
 /// Back `wanted_rows` of every slot, or change nothing.
@@ -194,6 +212,8 @@ bool KVArena::grow(Lock& lock, const std::vector<std::uint32_t>& slots) {
     const Outcome outcome = try_growths(growths, num_pages);
     if (outcome == Outcome::kDone) {
       totals_.critical_pages += num_pages;
+      for (const Growth& growth : growths) totals_.critical_creates += growth.num_created;
+      post_spare_pages();
       break;
     }
     // The machine may have less than the cap, or no kernel mappings left: then what is ahead and
@@ -313,6 +333,36 @@ void KVArena::post(std::uint32_t slot) {
   worker_->post(slot);
 }
 
+void KVArena::work(std::uint32_t job) {
+  if (job == kSparePages) {
+    create_spare_pages();
+  } else {
+    commit_ahead(job);
+  }
+}
+
+/// Have the worker create pages ahead of need, so that growth finds them.
+void KVArena::post_spare_pages() {
+  if (worker_ == nullptr || is_creating_ || pool_.stats().num_free >= config_.spare_pages) return;
+  is_creating_ = true;
+  worker_->post(kSparePages);
+}
+
+void KVArena::create_spare_pages() {
+  std::exception_ptr failure;
+  try {
+    pool_.top_up(config_.spare_pages);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  {
+    const Lock lock(mutex_);
+    is_creating_ = false;
+  }
+  landed_.notify_all();
+  if (failure) std::rethrow_exception(failure);
+}
+
 /// Runs on the worker: back the rows that the slot will need next, if pages are plentiful.
 void KVArena::commit_ahead(std::uint32_t slot) {
   Lock lock(mutex_);
@@ -342,6 +392,7 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   lock.lock();
   entry.in_flight = false;
   totals_.background_pages += publish(growths);
+  post_spare_pages();
   lock.unlock();
   landed_.notify_all();
   if (failure) std::rethrow_exception(failure);

@@ -35,6 +35,7 @@ std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::s
   Slot& entry = slots_[slot];
   const Epoch last_use = entry.state == SlotState::kLive ? epoch_ : entry.last_use;
   std::size_t num_dropped = 0;
+  Epoch last_epoch = 0;
   for (std::size_t r = regions_.size(); r-- > 0 && num_dropped < max_pages;) {
     SlotPages& mapped = entry.regions[r];
     const std::size_t num_held = mapped.num_held();
@@ -45,13 +46,15 @@ std::size_t KVArena::drop_tail(std::uint32_t slot, std::size_t keep_rows, std::s
     for (std::size_t i = 0; i < num_pages; ++i) {
       const std::size_t page_idx = num_held - num_pages + i;
       pool_.retire(mapped.pages[page_idx]);
-      epochs[i] = page_idx < mapped.num_exposed ? last_use : 0;
+      epochs[i] = std::max(page_idx < mapped.num_exposed ? last_use : 0, mapped.enqueued_in);
+      last_epoch = std::max(last_epoch, epochs[i]);
     }
     mapped.retired_epochs.insert(mapped.retired_epochs.begin(), epochs.begin(), epochs.end());
     retiring_.insert({slot, r});
     num_dropped += num_pages;
   }
   if (num_dropped == 0) return 0;
+  want_fence(last_epoch);
   update_limits(entry);
   update_idle(slot);
   // Last, because the driver may throw: the books are right with the pages still retired.
@@ -215,8 +218,10 @@ void KVArena::give_back_above_high() {
 std::size_t KVArena::trim(std::size_t keep_free) {
   Lock lock = enter();
   wait_landed(lock);
-  poll_fences();
   reclaim(SIZE_MAX);
+  // Not on the step path: what only waits for the device comes back now, not after the next step.
+  if (driver_->is_async() && !retiring_.empty()) driver_->wait_enqueued();
+  poll_fences();
   return pool_.trim(keep_free);
 }
 

@@ -17,11 +17,9 @@ std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
   SwappedGroup group = pack_group(slots, &copied);
   const std::size_t num_bytes = copied.size() * totals_.page_bytes;
   if (totals_.swapped_bytes + num_bytes > config_.swap_bytes) return std::nullopt;
-  for (const PageId page : copied) {
-    std::shared_ptr<char[]> copy = copy_page_out(page);
-    if (copy == nullptr) return std::nullopt;
-    group.copies.push_back(std::move(copy));
-  }
+  auto copies = copy_out(copied);
+  if (!copies) return std::nullopt;
+  group.copies = std::move(*copies);
   for (const PageId page : group.held) {
     check_invariant(pool_.try_hold(page), "a live slot has a page that nobody refers to");
   }
@@ -135,18 +133,25 @@ bool KVArena::acquire_group(Lock& lock, const SwappedGroup& group, std::vector<P
     note_shortage(acquired.size());
     return false;
   }
-  try {
-    std::size_t next = 0;
-    for (std::size_t i = 0; i < group.copies.size(); ++i) {
-      if (group.copies[i] == nullptr) continue;
-      (*pages)[i] = acquired[next++];
-      driver_->write_page(pool_.handle((*pages)[i]), group.copies[i].get());
-    }
-  } catch (...) {
+  std::vector<PageHandle> handles;
+  std::vector<const char*> contents;
+  for (std::size_t i = 0; i < group.copies.size(); ++i) {
+    if (group.copies[i] == nullptr) continue;
+    (*pages)[i] = acquired[handles.size()];
+    handles.push_back(pool_.handle((*pages)[i]));
+    contents.push_back(group.copies[i].get());
+  }
+  const auto let_go = [&] {
     for (const PageId page : acquired) pool_.release(page);
+  };
+  try {
+    if (driver_->try_write_pages(handles.data(), contents.data(), handles.size())) return true;
+  } catch (...) {
+    let_go();
     throw;
   }
-  return true;
+  let_go();
+  return false;
 }
 
 void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
@@ -176,11 +181,21 @@ void KVArena::drop_swapped(std::uint64_t id, std::size_t idx) {
   }
 }
 
-/// The page's contents in host memory; null if there is no memory for it.
-std::shared_ptr<char[]> KVArena::copy_page_out(PageId page) const {
-  std::shared_ptr<char[]> copy(new (std::nothrow) char[totals_.page_bytes]);
-  if (copy != nullptr) driver_->read_page(pool_.handle(page), copy.get());
-  return copy;
+/// The contents of pages in host memory; none if there is no memory for all of them.
+std::optional<std::vector<std::shared_ptr<char[]>>> KVArena::copy_out(
+    const std::vector<PageId>& pages) const {
+  std::vector<std::shared_ptr<char[]>> copies;
+  std::vector<PageHandle> handles;
+  std::vector<char*> targets;
+  for (const PageId page : pages) {
+    std::shared_ptr<char[]> copy = driver_->try_allocate_host(totals_.page_bytes);
+    if (copy == nullptr) return std::nullopt;
+    handles.push_back(pool_.handle(page));
+    targets.push_back(copy.get());
+    copies.push_back(std::move(copy));
+  }
+  if (!driver_->try_read_pages(handles.data(), targets.data(), handles.size())) return std::nullopt;
+  return copies;
 }
 
 std::size_t KVArena::num_copies_to_sleep() {
@@ -202,20 +217,26 @@ std::size_t KVArena::num_copies_to_sleep() {
 void KVArena::swap_out_held() {
   Lock lock = enter();
   wait_landed(lock);
-  std::map<PageId, std::shared_ptr<char[]>> copies;
+  const std::size_t num_left = (config_.swap_bytes - totals_.swapped_bytes) / totals_.page_bytes;
+  std::map<PageId, std::size_t> number_of;
+  std::vector<PageId> pages;
+  const auto is_unused = [this](PageId page) {
+    return page != kNoPage && pool_.num_live(page) == 0 && pinned_.count(page) == 0;
+  };
+  for (const auto& [id, group] : swapped_) {
+    for (const PageId page : group.held) {
+      if (pages.size() == num_left) break;
+      if (is_unused(page) && number_of.emplace(page, pages.size()).second) pages.push_back(page);
+    }
+  }
+  const auto copies = copy_out(pages);
+  if (!copies) return;
+  totals_.swapped_bytes += pages.size() * totals_.page_bytes;
+  totals_.swap_out_pages += pages.size();
   for (auto& [id, group] : swapped_) {
     for (std::size_t i = 0; i < group.held.size(); ++i) {
-      const PageId page = group.held[i];
-      if (page == kNoPage || pool_.num_live(page) > 0 || pinned_.count(page) != 0) continue;
-      std::shared_ptr<char[]>& copy = copies[page];
-      if (copy == nullptr) {
-        if (totals_.swapped_bytes + totals_.page_bytes > config_.swap_bytes) return;
-        copy = copy_page_out(page);
-        if (copy == nullptr) return;
-        totals_.swapped_bytes += totals_.page_bytes;
-        ++totals_.swap_out_pages;
-      }
-      hold_copy(&group, i, copy);
+      const auto found = number_of.find(group.held[i]);
+      if (found != number_of.end()) hold_copy(&group, i, (*copies)[found->second]);
     }
   }
 }

@@ -2,6 +2,7 @@
 // Owns: nothing but counters.  Thread-safety: all methods.
 #include <atomic>
 
+#include "dlpack.h"
 #include "driver.h"
 
 namespace vmalloc {
@@ -20,6 +21,9 @@ class NullDriver final : public Driver {
   const char* name() const override { return "null"; }
   std::size_t granularity() const override { return kGranularity; }
   std::size_t page_bytes() const override { return page_bytes_; }
+  TensorDevice tensor_device() const override { return {dlpack::kDeviceCpu, 0}; }
+  bool is_async() const override { return false; }
+  void use_stream(Stream) override {}
 
   std::optional<Address> try_reserve(std::size_t bytes) override {
     return next_address_.fetch_add(bytes);
@@ -38,17 +42,21 @@ class NullDriver final : public Driver {
   }
   void unmap(Address, std::size_t) override { ++unmap_calls_; }
   void protect(Address, std::size_t, Access) override {}
-  void zero(Address, std::size_t) override {}
-  void copy_page(Address, PageHandle, std::size_t) override {}
-  void read_page(PageHandle, void*) override {}
-  void write_page(PageHandle, const void*) override {}
+  bool try_zero(Address, std::size_t) override { return true; }
+  bool try_copy_page(Address, PageHandle, std::size_t) override { return true; }
+  std::shared_ptr<char[]> try_allocate_host(std::size_t) override {
+    return std::shared_ptr<char[]>(new char[1]);  // nobody reads or writes it
+  }
+  bool try_read_pages(const PageHandle*, char* const*, std::size_t) override { return true; }
+  bool try_write_pages(const PageHandle*, const char* const*, std::size_t) override { return true; }
 
-  Fence record_fence(Stream) override { return 0; }
+  std::optional<Fence> try_record_fence() override { return 0; }
   bool fence_passed(Fence) override { return true; }
+  void wait_enqueued() override {}
 
   MemoryInfo memory_info() const override { return {kTotalBytes, kTotalBytes}; }
   DriverCounters counters() const override {
-    return {map_calls_, unmap_calls_, create_calls_, destroy_calls_};
+    return {map_calls_, unmap_calls_, 0, create_calls_, destroy_calls_, 0};
   }
 
  private:

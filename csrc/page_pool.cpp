@@ -38,7 +38,8 @@ PagePool::~PagePool() {
   }
 }
 
-bool PagePool::try_acquire(std::size_t num_pages, PageId after, PageId* pages, bool* any_used) {
+bool PagePool::try_acquire(std::size_t num_pages, PageId after, PageId* pages, bool* any_used,
+                           std::size_t* num_created_now) {
   std::vector<PageId> to_create;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -57,9 +58,39 @@ bool PagePool::try_acquire(std::size_t num_pages, PageId after, PageId* pages, b
     undo_claim(pages, num_pages, to_create, num_created);
     throw;
   }
+  if (num_created_now != nullptr) *num_created_now = num_created;
   if (num_created == to_create.size()) return true;
   undo_claim(pages, num_pages, to_create, num_created);
   return false;
+}
+
+void PagePool::top_up(std::size_t num_free) {
+  for (;;) {
+    std::vector<PageId> page;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (free_.size() >= num_free || num_created_ >= max_pages_) return;
+      page.push_back(claim_absent(kNoPage));
+      ++num_created_;
+      pages_[page[0]].live = 1;
+      ++num_in_use_;
+    }
+    std::size_t num_created = 0;
+    std::optional<PageHandle> handle;
+    try {
+      handle = driver_->try_create_page(page[0]);
+    } catch (...) {
+      undo_claim(page.data(), 1, page, num_created);
+      throw;
+    }
+    if (handle) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      pages_[page[0]].handle = *handle;
+      ++num_created;
+    }
+    undo_claim(page.data(), 1, page, num_created);  // a created page becomes a free one
+    if (!handle) return;
+  }
 }
 
 bool PagePool::claim(std::size_t num_pages, PageId after, PageId* pages,

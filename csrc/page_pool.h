@@ -43,9 +43,13 @@ class PagePool {
 
   /// Take `num_pages` with one live reference each, or none and return false. `after` is the page
   /// mapped just before them (or kNoPage): its successors are preferred, because neighbours
-  /// cost the host driver one kernel mapping together. Sets `*any_used` if a page held data before.
-  [[nodiscard]] bool try_acquire(std::size_t num_pages, PageId after, PageId* pages,
-                                 bool* any_used);
+  /// cost the host driver one kernel mapping together. Sets `*any_used` if a page held data before,
+  /// and `*num_created`, if given, to how many were created for it.
+  [[nodiscard]] bool try_acquire(std::size_t num_pages, PageId after, PageId* pages, bool* any_used,
+                                 std::size_t* num_created = nullptr);
+
+  /// Create pages until `num_free` are free, as far as the cap and the driver go.
+  void top_up(std::size_t num_free);
 
   /// Add a live reference; false if the page is not in use.
   [[nodiscard]] bool try_share(PageId page);

@@ -54,6 +54,7 @@ class Region {
   [[nodiscard]] std::size_t row_bytes() const { return row_bytes_; }
   [[nodiscard]] std::size_t slot_bytes() const { return slot_bytes_; }
   [[nodiscard]] Address address() const { return address_; }
+  [[nodiscard]] TensorDevice tensor_device() const { return driver_->tensor_device(); }
 
   [[nodiscard]] Address page_address(std::size_t slot, std::size_t page_idx) const {
     return address_ + slot * slot_bytes_ + page_idx * page_bytes_;

@@ -10,7 +10,9 @@
 
 namespace vmalloc {
 
-using Epoch = std::uint64_t;  ///< engine step number, monotonic; 0 is before the first step
+/// Number of an engine step, or of what the driver enqueued between two; monotonic, 0 is before
+/// all.
+using Epoch = std::uint64_t;
 
 /// kAdmitting: chosen for a new sequence whose rows are not backed yet; lasts for one call.
 /// kDraining: its sequence ended, but pages that others share are still mapped in it; it is idle
@@ -30,6 +32,7 @@ struct SlotPages {
   std::vector<Epoch> retired_epochs;  ///< when each retired page was last readable
   std::size_t num_exposed = 0;        ///< pages that a kernel may have read since they were mapped
   std::size_t num_shared = 0;         ///< leading pages, at most, that others may refer to
+  Epoch enqueued_in = 0;              ///< when the driver last enqueued work on any of the pages
 
   [[nodiscard]] std::size_t num_held() const { return pages.size() - retired_epochs.size(); }
 };

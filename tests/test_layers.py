@@ -29,7 +29,9 @@ ROOMS = {
     r"\bdetach\s*\(": set(),
 }
 CORE_IMPORTERS = {
+    "vmalloc/core_setup.py",
     "vmalloc/kv_cache.py",
+    "vmalloc/scratch_slot.py",
     "vmalloc/slot_prefixes.py",
     "vmalloc/slot_views.py",
     "vmalloc/swapped_groups.py",

@@ -32,6 +32,7 @@ class BlockSupply:
         block_bytes: one block, over all regions.
         num_allocated: blocks handed out so far.
         num_discards: times that memory went back to the system.
+        scratch: the block that padded batches write to, held for good once it was taken.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class BlockSupply:
         self.block_bytes = block_bytes
         self.num_allocated = 0
         self.num_discards = 0
+        self.scratch: Blocks = np.zeros(0, np.int32)
         self._config = config
         self._pool = pool
         self._storage = storage
@@ -95,6 +97,24 @@ class BlockSupply:
         self.num_allocated += count
         return blocks
 
+    def take_scratch(self) -> int:
+        """The scratch block, taken now if it was not.
+
+        Raises:
+            ConfigError: no block is left for it.
+        """
+        if not len(self.scratch):
+            blocks = self.try_allocate(1)
+            if blocks is None:
+                raise ConfigError(
+                    "no block is left for batches to be padded with; ask for a padded view once "
+                    "before the first sequence is admitted"
+                )
+            self._pool.add_holds(blocks, with_refs=True)
+            self._pool.drop_seq_refs(blocks)
+            self.scratch = blocks
+        return int(self.scratch[0])
+
     def trim(self, keep_free: int) -> int:
         """Give free blocks back to the system until ``keep_free`` are left; the count."""
         gone = self._pool.trim(keep_free)
@@ -109,7 +129,9 @@ class BlockSupply:
 
     def sleep(self) -> None:
         """Move every block in use to host memory and give all memory back."""
-        blocks = np.flatnonzero(self._pool.refs).astype(np.int32)
+        in_use = self._pool.refs > 0
+        in_use[self.scratch] = False  # what it holds is of no use
+        blocks = np.flatnonzero(in_use).astype(np.int32)
         self._sleep = _SleepImage(blocks, self._storage.read(blocks))
         self._pool.trim(0)
         everything = np.arange(self._pool.num_blocks, dtype=np.int32)

@@ -10,14 +10,14 @@ kernels that may still read them. So there are no retired pages, and steps are o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import NoReturn
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .backend import (
+    KVBatchBuffers,
     KVBatchView,
     KVCacheStats,
     PrefixCacheStats,
@@ -26,11 +26,13 @@ from .backend import (
     SequenceGroupSpec,
     Step,
 )
+from .batch_views import Batch, BatchViews
 from .block_pool import BlockPool
 from .block_storage import make_block_storage
 from .block_supply import BlockSupply
 from .block_table import BlockTables
 from .config import KVCacheConfig
+from .device import tensor_device
 from .errors import ClosedError, ConfigError
 from .layout import plan_layout
 from .paged_checks import check_books
@@ -87,6 +89,7 @@ class PagedKVCache:
         self._seqs = PagedSequences(
             self._pool, self._storage, self._supply, self._tables, self._prefixes, self._swap
         )
+        self._batches = BatchViews(tensor_device(config.device), config.max_seq_len)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_closed = False
         self._epoch = 0
@@ -104,7 +107,8 @@ class PagedKVCache:
 
     def max_seq_tokens(self) -> int:
         self._check_usable()
-        return min(self._config.max_seq_len, self._pool.capacity * self._config.block_size)
+        num_blocks = self._pool.capacity - len(self._supply.scratch)
+        return min(self._config.max_seq_len, num_blocks * self._config.block_size)
 
     def bytes_for(self, num_tokens: int) -> int:
         return self._tables.blocks_for(num_tokens) * self._supply.block_bytes
@@ -243,20 +247,28 @@ class PagedKVCache:
             views = self._views[layer_idx] = self._storage.layer_views(layer_idx)
         return views
 
-    def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
+    def batch_view(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: Sequence[int],
+        *,
+        out: KVBatchBuffers | None = None,
+        pad_to: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> KVBatchView:
         self._check_usable()
         rows = self._seqs.rows(seq_ids)
-        lens = self._tables.lens[rows]
-        cu_seqlens = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(num_new_tokens, out=cu_seqlens[1:])
-        max_tokens = int(lens.max(initial=0))
-        return KVBatchView(
-            cache_batch_idx=torch.zeros(len(rows), dtype=torch.int32),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens),
-            seqused_k=torch.from_numpy(lens),
-            max_seqlen_q=max(num_new_tokens, default=0),
-            max_seqlen_k=max_tokens,
-            block_table=torch.from_numpy(self._tables.gather(rows, max_tokens)),
+        return self._batches.make(
+            Batch(
+                self._tables.lens[rows],
+                num_new_tokens,
+                table=partial(self._tables.gather, rows),
+                block_size=self._config.block_size,
+            ),
+            take_scratch=self._supply.take_scratch,
+            out=out,
+            pad_to=pad_to,
+            max_seqlen_k=max_seqlen_k,
         )
 
     def seq_len(self, seq_id: int) -> int:
@@ -295,7 +307,7 @@ class PagedKVCache:
 
     def try_sleep(self) -> bool:
         self._check_usable()
-        if self._pool.num_committed > self._swap.room:
+        if self._pool.num_committed - len(self._supply.scratch) > self._swap.room:
             return False
         self._index.flush()
         self._supply.sleep()
@@ -318,6 +330,7 @@ class PagedKVCache:
             self._index,
             self._swap,
             self._seqs.num_tokens,
+            self._supply.scratch,
         )
 
     def close(self) -> None:

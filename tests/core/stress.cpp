@@ -154,8 +154,8 @@ class Engine {
   }
 
   void step() {
-    const vmalloc::Epoch epoch = arena_.begin_step();
-    if (!prepare_writes()) return arena_.end_step(epoch, 0);
+    const vmalloc::Epoch epoch = arena_.begin_step(0);
+    if (!prepare_writes()) return arena_.end_step(epoch);
     std::vector<std::int64_t> slots, rows;
     for (const auto& [slot, values] : live_) {
       slots.push_back(slot);
@@ -169,7 +169,7 @@ class Engine {
         write(slot, live_[slot].size(), static_cast<std::size_t>(rows[i]));
       }
     }
-    arena_.end_step(epoch, 0);
+    arena_.end_step(epoch);
   }
 
   void truncate(std::uint32_t slot) {

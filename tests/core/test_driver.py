@@ -69,7 +69,7 @@ class TestConformance:
         assert counters["create_calls"] == counters["destroy_calls"] == 4
 
     def test_a_fence_without_pending_work_has_passed(self, driver):
-        assert driver.fence_passed(driver.record_fence())
+        assert driver.fence_passed(driver.try_record_fence())
 
     def test_memory_info_is_plausible(self, driver):
         free, total = driver.memory_info()
@@ -105,7 +105,7 @@ class TestHostMemory:
         base = host.try_reserve(PAGE)
         assert host.try_map(base, [host.try_create_page(0)])
         ctypes.memset(base, 0xFF, PAGE)
-        host.zero(base, PAGE)
+        assert host.try_zero(base, PAGE)
         assert read(base, PAGE) == bytes(PAGE)
 
     def test_destroyed_page_gives_its_memory_back_and_comes_back_as_zeros(self, host):

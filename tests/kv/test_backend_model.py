@@ -179,6 +179,19 @@ class BackendMachine(RuleBasedStateMachine):
             tokens = [self.tokens[beams[i]] for i in parent_idx]
             self.tokens.update(zip(beams, tokens, strict=True))
 
+    @rule(more=st.integers(1, 2))
+    def pad(self, more):
+        """A padded batch writes to its scratch row; whose row that is, the invariants tell."""
+        count = len(self.tokens)
+        try:
+            view = self.cache.batch_view(list(self.tokens), [0] * count, pad_to=count + more)
+        except ConfigError:  # no slot, or no page, is left for it
+            return
+        table = view.block_table
+        place = int(view.cache_batch_idx[count] if table is None else table[count, 0])
+        for rows in self.contents.views:
+            rows[place, 0] = -1.0
+
     # Prefixes
 
     @precondition(lambda self: self.tokens)
