@@ -28,8 +28,9 @@ class ComputeStream:
         self.device = device
         self._stream: Any = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream(device)
+            self._stream.wait_stream(cuda.current_stream(device))
 
     def use(self) -> AbstractContextManager[Any]:
         """Make it, and its device, current for a block."""
@@ -84,6 +85,7 @@ class StepTimer:
     def _now(self) -> Any:
         if not self._has_events:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        cuda: Any = torch.cuda
+        event = cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -5,6 +5,7 @@ Owns: the text of tokens seen in logprobs.  Thread-safety: none; one engine thre
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,14 +72,13 @@ class Generation:
         self._decoded_tokens: dict[int, str] = {}
 
     def advance(
-        self, batch: ScheduledBatch, logits: Tensor, now: float, ended: list[SequenceGroup]
+        self, batch: ScheduledBatch, logits: Tensor, ended: list[SequenceGroup]
     ) -> list[SequenceGroup]:
         """Append tokens; returns the groups that have something new.
 
         Args:
             logits: float32 ``[num_rows, vocab_size]`` as ``ModelRunner.forward`` gives them, every
                 row of ``scored_prompts(batch)`` included.
-            now: seconds of ``time.monotonic()``.
             ended: takes the groups that end here, also if this raises. Sequences without a new
                 token are then as if their last one was never run.
         """
@@ -91,6 +91,8 @@ class Generation:
             own_logits = take_rows(logits, rows)
             scored_beams = score_beams(group.active[: len(rows)], own_logits)
             beams.append((group, own_logits, *scored_beams))
+        # Tokens have come to the host by now, so what computed them is done.
+        now = time.monotonic()
         try:
             self._scheduler.complete(batch)
             for part in batch.groups:

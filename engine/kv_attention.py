@@ -181,4 +181,5 @@ def register_attention() -> None:
 
 def keep_attention_out_of_compilation() -> None:
     """Let compiled models call our attention as it is: it hands addresses to kernels."""
-    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(vmalloc_attention))
+    compiler: Any = torch.compiler
+    AttentionInterface.register(ATTENTION_NAME, compiler.disable(vmalloc_attention))

@@ -74,7 +74,7 @@ def automatic_dtype(config: Any, device: torch.device) -> torch.dtype:
         stored = getattr(source, "dtype", None)
         stored = _DTYPES.get(stored, stored) if isinstance(stored, str) else stored
         if stored in (torch.bfloat16, torch.float16):
-            return stored  # type: ignore[no-any-return]
+            return stored
     return torch.bfloat16
 
 

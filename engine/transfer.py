@@ -27,6 +27,12 @@ def to_device(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     return pinned(host).to(device, non_blocking=True)
 
 
+def copy_into(target: Tensor, values: NDArray[Any]) -> None:
+    """Overwrite a tensor on any device, without waiting."""
+    host = torch.from_numpy(values)
+    target.copy_(host if target.device.type == "cpu" else pinned(host), non_blocking=True)
+
+
 def pinned(host: Tensor) -> Tensor:
     """A copy of a host tensor that the GPU can read by itself. Not yet run on a GPU."""
     return host.pin_memory()
