@@ -7,9 +7,9 @@ export GOMP_SPINCOUNT ?= 0
 export HF_HUB_OFFLINE ?= 1
 JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo test check format asan tsan mutations soak bench clean build
+.PHONY: demo test check format asan tsan fakecuda mutations soak bench clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
@@ -40,6 +40,10 @@ tsan: $(VENV)/.deps
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVMALLOC_PYTHON=OFF -DVMALLOC_NATIVE_TESTS=ON -DVMALLOC_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/tsan
 	build/tsan/core_stress --rounds $(STRESS_ROUNDS)
+
+# The stand-in CUDA driver; the tests build it by themselves when they need it.
+fakecuda: $(VENV)/.deps
+	$(BIN)/python -c "from tests.fakecuda import library_path; print(library_path())"
 
 # Proves the tests: each named mistake in a scratch copy must turn a named test red. Not part of CI.
 mutations: build

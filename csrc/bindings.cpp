@@ -315,7 +315,8 @@ void bind_drivers(py::module_& m) {
       .def("num_calls", &FaultDriver::num_calls)
       .def("fail_release_call", &FaultDriver::fail_release_call, py::arg("call"))
       .def("delay_maps", &FaultDriver::delay_maps, py::arg("microseconds"))
-      .def("hold_fences", &FaultDriver::hold_fences, py::arg("hold"));
+      .def("hold_fences", &FaultDriver::hold_fences, py::arg("hold"))
+      .def("ignore_fences", &FaultDriver::ignore_fences, py::arg("ignore"));
 }
 
 std::optional<std::vector<PageId>> acquire_pages(PagePool& pool, std::size_t num_pages,

@@ -103,6 +103,7 @@ std::optional<Fence> FaultDriver::try_record_fence() {
 }
 
 bool FaultDriver::fence_passed(Fence fence) {
+  if (ignore_) return true;
   const std::lock_guard<std::mutex> lock(mutex_);
   while (!hold_ && !recorded_.empty() && inner_->fence_passed(recorded_.front().second)) {
     passed_ = recorded_.front().first;

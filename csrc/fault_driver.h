@@ -35,6 +35,9 @@ class FaultDriver final : public Driver {
   /// While held, fences recorded do not pass: kernels that are still running, as a GPU has them.
   void hold_fences(bool hold);
 
+  /// Fences pass at once whatever still runs: the mistake that fences are there to prevent.
+  void ignore_fences(bool ignore) { ignore_ = ignore; }
+
   const char* name() const override { return inner_->name(); }
   std::size_t granularity() const override { return inner_->granularity(); }
   std::size_t page_bytes() const override { return inner_->page_bytes(); }
@@ -75,6 +78,7 @@ class FaultDriver final : public Driver {
   std::uint64_t num_release_calls_ = 0;
   std::atomic<unsigned> map_delay_us_{0};
   bool hold_ = false;
+  std::atomic<bool> ignore_{false};
   Fence next_fence_ = 1;
   Fence passed_ = 0;
   std::deque<std::pair<Fence, Fence>> recorded_;  // ours and the wrapped driver's, not yet passed

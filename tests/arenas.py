@@ -1,8 +1,8 @@
 """Small arenas for tests, and helpers to look into them."""
 
+from tests.drivers import make_driver
 from vmalloc import _core
 
-PAGE = 4096
 ROW = 512  # bytes: 8 rows a page
 
 
@@ -20,7 +20,7 @@ def make_arena(driver=None, *, row_bytes=ROW, num_layers=1, **settings):
         "max_rows": 64,
         "max_pages": 16,
     }
-    return _core.KVArena(driver or _core.make_host_driver(PAGE), **{**defaults, **settings})
+    return _core.KVArena(driver or make_driver(), **{**defaults, **settings})
 
 
 def admit(arena, num_rows):

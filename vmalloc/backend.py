@@ -451,7 +451,8 @@ class KVBackend(Protocol):
         Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
         place. Until ``try_wake`` every call but ``stats``,
         ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
-        swap space does not hold the live sequences, or they exceed a cap that was lowered.
+        swap space does not hold the live sequences, or they exceed a cap that was lowered, or the
+        memory cannot go without its addresses (paged on CUDA).
         """
         ...
 

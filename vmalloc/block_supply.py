@@ -11,7 +11,8 @@ from math import ceil
 import numpy as np
 
 from .block_pool import BlockPool, Blocks
-from .block_storage import BlockData, BlockStorage
+from .block_storage import BlockStorage
+from .block_views import BlockData
 from .config import KVCacheConfig
 from .errors import ConfigError
 from .prefix_index import PrefixIndex
@@ -61,6 +62,11 @@ class BlockSupply:
     @property
     def is_asleep(self) -> bool:
         return self._sleep is not None
+
+    @property
+    def num_created(self) -> int:
+        """Blocks that have memory: all of them, where it cannot be given back."""
+        return self._pool.num_created if self._storage.gives_back else self._pool.num_blocks
 
     @property
     def num_asleep(self) -> int:
@@ -117,6 +123,8 @@ class BlockSupply:
 
     def trim(self, keep_free: int) -> int:
         """Give free blocks back to the system until ``keep_free`` are left; the count."""
+        if not self._storage.gives_back:
+            return 0
         gone = self._pool.trim(keep_free)
         if len(gone):
             self._storage.discard(gone, self._pool.has_memory)
@@ -128,7 +136,10 @@ class BlockSupply:
         self.trim(min(max(self._pool.num_unused, 0), self._high))
 
     def sleep(self) -> None:
-        """Move every block in use to host memory and give all memory back."""
+        """Move every block in use to host memory and give all memory back.
+
+        Requires: a storage that gives it back.
+        """
         in_use = self._pool.refs > 0
         in_use[self.scratch] = False  # what it holds is of no use
         blocks = np.flatnonzero(in_use).astype(np.int32)

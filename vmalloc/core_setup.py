@@ -18,7 +18,7 @@ def cuda_absence(device: str = "cuda") -> str | None:
 
     The library is ``libcuda.so.1``, or what ``VMALLOC_LIBCUDA`` names.
     """
-    return _core.cuda_absence(device=device_index(device))  # type: ignore[attr-defined,no-any-return]
+    return _core.cuda_absence(device=device_index(device))
 
 
 def make_driver(config: KVCacheConfig) -> _core.Driver:
@@ -28,7 +28,7 @@ def make_driver(config: KVCacheConfig) -> _core.Driver:
         ConfigError: the page size does not suit it, or there is no such device here.
     """
     if config.driver_name == "cuda":
-        return _core.make_cuda_driver(  # type: ignore[attr-defined,no-any-return]
+        return _core.make_cuda_driver(
             config.page_bytes or 0,
             config.device_idx,
             cpu_tensors=config.device == "cpu",

@@ -62,3 +62,12 @@ def tensor_device(device: str) -> torch.device:
             f"device is {device!r}; torch {torch.__version__} sees {num_devices} CUDA devices"
         )
     return torch.device("cuda", index)
+
+
+def current_stream(device: torch.device) -> int:
+    """Pointer of torch's current stream on ``device``; 0 on the CPU, which has none."""
+    import torch
+
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream

@@ -30,7 +30,7 @@ from .backend import (
 from .batch_views import Batch, BatchViews
 from .config import KVCacheConfig
 from .core_setup import high_pages, low_pages, make_arena, make_driver
-from .device import tensor_device
+from .device import current_stream, tensor_device
 from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .reorder import plan_reorder
@@ -80,7 +80,8 @@ class VirtualKVCache:
         self._is_asleep = False
         self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
-        self._batches = BatchViews(tensor_device(config.device), config.max_seq_len)
+        self._tensor_device = tensor_device(config.device)
+        self._batches = BatchViews(self._tensor_device, config.max_seq_len)
         self._scratch = ScratchSlot(self._core_arena, config, self._layout)
 
     @property
@@ -324,7 +325,9 @@ class VirtualKVCache:
         return self._prefixes.index.stats()
 
     def begin_step(self, stream: int | None = None) -> Step:
-        return Step(epoch=self._arena.begin_step(stream or 0), stream=stream or 0)
+        if stream is None:
+            stream = current_stream(self._tensor_device)
+        return Step(epoch=self._arena.begin_step(stream), stream=stream)
 
     def end_step(self, step: Step) -> None:
         self._arena.end_step(step.epoch)

@@ -32,7 +32,7 @@ from .block_storage import make_block_storage
 from .block_supply import BlockSupply
 from .block_table import BlockTables
 from .config import KVCacheConfig
-from .device import tensor_device
+from .device import current_stream, tensor_device
 from .errors import ClosedError, ConfigError
 from .layout import plan_layout
 from .paged_checks import check_books
@@ -48,9 +48,13 @@ class PagedKVCache:
     A page, in statistics and byte counts, is a block over all regions. Kernels are exact to the
     row, so ``lookahead_tokens`` backs nothing here; nor is there a worker or a parked slot.
 
-    Memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if that is
-    more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it back, but
-    for system pages that a free block shares with a used one (see ``block_storage``).
+    On the host, memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if
+    that is more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it
+    back, but for system pages that a free block shares with a used one (see ``block_storage``).
+
+    On CUDA the cap is taken at start as torch tensors, and nothing goes back: ``trim`` gives back
+    0 pages, ``try_sleep`` is False, ``resize`` moves the cap below the one at start, and all
+    blocks count as created.
 
     Example:
         >>> layer = LayerKVSpec(num_kv_heads=2, k_head_dim=64, v_head_dim=64)
@@ -75,7 +79,9 @@ class PagedKVCache:
         layout = plan_layout(config, page_bytes=1)
         block_bytes = config.block_size * layout.token_bytes
         blocks_per_seq = -(-config.max_seq_len // config.block_size)
-        num_blocks = max(config.capacity_bytes // block_bytes, config.max_num_seqs * blocks_per_seq)
+        num_blocks = config.capacity_bytes // block_bytes
+        if config.driver_name != "cuda":  # whose memory is all taken at start
+            num_blocks = max(num_blocks, config.max_num_seqs * blocks_per_seq)
         self._config = config
         self._pool = BlockPool(num_blocks)
         self._storage = make_block_storage(config, layout, num_blocks)
@@ -89,7 +95,8 @@ class PagedKVCache:
         self._seqs = PagedSequences(
             self._pool, self._storage, self._supply, self._tables, self._prefixes, self._swap
         )
-        self._batches = BatchViews(tensor_device(config.device), config.max_seq_len)
+        self._tensor_device = tensor_device(config.device)
+        self._batches = BatchViews(self._tensor_device, config.max_seq_len)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_closed = False
         self._epoch = 0
@@ -102,7 +109,7 @@ class PagedKVCache:
 
     @property
     def driver_name(self) -> str:
-        """``"host"`` or ``"null"``."""
+        """``"host"``, ``"torch"`` or ``"null"``."""
         return self._storage.name
 
     def max_seq_tokens(self) -> int:
@@ -220,7 +227,9 @@ class PagedKVCache:
             raise ConfigError(f"step {self._epoch} is still open; end it first")
         self._epoch += 1
         self._is_step_open = True
-        return Step(epoch=self._epoch, stream=stream or 0)
+        if stream is None:
+            stream = current_stream(self._tensor_device)
+        return Step(epoch=self._epoch, stream=stream)
 
     def end_step(self, step: Step) -> None:
         self._check_usable()
@@ -311,6 +320,8 @@ class PagedKVCache:
 
     def try_sleep(self) -> bool:
         self._check_usable()
+        if not self._storage.gives_back:
+            return False
         if self._pool.num_committed - len(self._supply.scratch) > self._swap.room:
             return False
         self._index.flush()

@@ -1,10 +1,14 @@
 // stress.cpp: native stress test for sanitizer runs: an engine thread, an observer and the worker.
+// With --cuda LIBRARY it runs on the cuda driver over the stand-in, whose kernels still read rows
+// after the step that launched them.
 // Owns: nothing.  Thread-safety: this is what it tests. Exit status 0 means every check held.
 //
 // Each round makes an arena, does random admissions, growth, truncation, release, trimming and
 // resizing on one thread while another reads statistics and checks invariants, with random pauses
 // between (without them the threads rarely meet and a race stays hidden). Rows carry values that
 // are compared before a sequence ends, so a page that left its slot too early shows.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -18,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda_driver.h"
 #include "error.h"
 #include "fault_driver.h"
 #include "kv_arena.h"
@@ -55,6 +60,41 @@ void jitter(Random& random) {
   }
 }
 
+/// Kernels that read rows on the device, when it gets to it: of the stand-in driver only.
+class Kernels {
+ public:
+  explicit Kernels(const std::string& library) : library_(library) {
+    if (library.empty()) return;
+    void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+    require(handle != nullptr, "the stand-in driver does not load");
+    touch_ = reinterpret_cast<Touch>(dlsym(handle, "fakecuda_touch"));
+    const auto control = reinterpret_cast<int (*)(const char*)>(dlsym(handle, "fakecuda_ctl"));
+    require(touch_ != nullptr && control != nullptr, "this is not the stand-in driver");
+    // Every third look at unfinished work finds it finished.
+    require(control("query_runs=3") == 0, "the stand-in driver does not take its settings");
+  }
+
+  [[nodiscard]] std::shared_ptr<vmalloc::Driver> make_driver() const {
+    if (library_.empty()) return vmalloc::make_host_driver(kPageBytes);
+    vmalloc::CudaOptions options;
+    options.page_bytes = kPageBytes;
+    options.library = library_;
+    options.cpu_tensors = true;
+    return vmalloc::make_cuda_driver(options);
+  }
+
+  void launch(vmalloc::Address address, std::size_t bytes) const {
+    if (touch_ == nullptr || bytes == 0) return;
+    require(touch_(0, address, bytes, 0) == 0, "a kernel could not be launched");
+  }
+
+ private:
+  using Touch = int (*)(std::uintptr_t stream, std::uint64_t address, std::size_t bytes,
+                        int is_write);
+  std::string library_;
+  Touch touch_ = nullptr;
+};
+
 ArenaConfig make_config(Random& random) {
   ArenaConfig config{};
   config.layers.assign(5, {3, 40, 40, 4});  // 4,800 bytes a token: rows straddle pages
@@ -64,6 +104,7 @@ ArenaConfig make_config(Random& random) {
   config.swap_bytes = pick(random, 2) == 0 ? 100 * kPageBytes : 2000 * kPageBytes;
   config.protect_shared = pick(random, 2) == 0;
   config.max_rows = kMaxRows;
+  config.spare_pages = pick(random, 2) == 0 ? 0 : 20;
   config.max_pages = 60 + pick(random, 200);
   config.low_pages = pick(random, 10);
   config.high_pages = pick(random, 2) == 0 ? SIZE_MAX : 40;
@@ -75,8 +116,8 @@ ArenaConfig make_config(Random& random) {
 /// The engine thread's half: what it admitted, and the value in every row.
 class Engine {
  public:
-  Engine(KVArena& arena, vmalloc::FaultDriver& driver, unsigned seed)
-      : arena_(arena), driver_(driver), random_(seed) {}
+  Engine(KVArena& arena, vmalloc::FaultDriver& driver, const Kernels& kernels, unsigned seed)
+      : arena_(arena), driver_(driver), kernels_(kernels), random_(seed) {}
 
   void run() {
     for (std::size_t i = 0; i < kNumOperations; ++i) {
@@ -167,6 +208,12 @@ class Engine {
       for (std::size_t i = 0; i < slots.size(); ++i) {
         const auto slot = static_cast<std::uint32_t>(slots[i]);
         write(slot, live_[slot].size(), static_cast<std::size_t>(rows[i]));
+      }
+    }
+    for (const auto& [slot, values] : live_) {
+      for (std::size_t r = 0; r < arena_.num_regions(); ++r) {
+        const auto region = arena_.region(r);
+        kernels_.launch(region->page_address(slot, 0), values.size() * region->row_bytes());
       }
     }
     arena_.end_step(epoch);
@@ -307,6 +354,7 @@ class Engine {
 
   KVArena& arena_;
   vmalloc::FaultDriver& driver_;
+  const Kernels& kernels_;
   Random random_;
   std::map<std::uint32_t, std::vector<float>> live_;
   std::set<std::uint32_t> cut_;  // truncated since they were last written
@@ -329,16 +377,16 @@ void observe(KVArena& arena, const std::atomic<bool>& stop, unsigned seed) {
   }
 }
 
-void run_arena_round(unsigned seed) {
+void run_arena_round(const Kernels& kernels, unsigned seed) {
   Random random(seed);
-  auto inner = vmalloc::make_host_driver(kPageBytes);
+  const std::shared_ptr<vmalloc::Driver> inner = kernels.make_driver();
   auto driver = std::make_shared<vmalloc::FaultDriver>(inner);
   {
     KVArena arena(driver, make_config(random));
     driver->delay_maps(pick(random, 2) == 0 ? 0 : static_cast<unsigned>(pick(random, 100)));
     std::atomic<bool> stop{false};
     std::thread observer([&] { observe(arena, stop, seed + 1); });
-    Engine(arena, *driver, seed + 2).run();
+    Engine(arena, *driver, kernels, seed + 2).run();
     stop = true;
     observer.join();
     arena.check_invariants();
@@ -370,14 +418,23 @@ void run_thread_pool_round(unsigned seed) {
 
 int main(int argc, char** argv) {
   unsigned num_rounds = 100;
-  if (argc == 3 && std::strcmp(argv[1], "--rounds") == 0) {
-    num_rounds = static_cast<unsigned>(std::strtoul(argv[2], nullptr, 10));
-  } else if (argc != 1) {
-    std::fprintf(stderr, "usage: %s [--rounds N]\n", argv[0]);
+  std::string library;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--rounds") == 0) {
+      num_rounds = static_cast<unsigned>(std::strtoul(argv[i + 1], nullptr, 10));
+    } else if (std::strcmp(argv[i], "--cuda") == 0) {
+      library = argv[i + 1];
+    } else {
+      argc = 0;
+    }
+  }
+  if (argc % 2 == 0) {
+    std::fprintf(stderr, "usage: core_stress [--rounds N] [--cuda LIBRARY]\n");
     return 2;
   }
+  const Kernels kernels(library);
   for (unsigned round = 0; round < num_rounds; ++round) {
-    run_arena_round(round);
+    run_arena_round(kernels, round);
     run_thread_pool_round(round);
   }
   std::printf("stress: %u rounds passed\n", num_rounds);

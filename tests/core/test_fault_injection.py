@@ -2,8 +2,11 @@
 
 import pytest
 
-from tests.arenas import PAGE, make_arena
+from tests.arenas import make_arena
+from tests.drivers import make_driver
 from vmalloc import DriverError, _core
+
+pytestmark = pytest.mark.usefixtures("each_driver")
 
 
 def script(arena):
@@ -44,7 +47,7 @@ def script(arena):
 
 
 def make_faulty_arena(**settings):
-    inner = _core.make_host_driver(PAGE)
+    inner = make_driver()
     driver = _core.FaultDriver(inner)
     arena = make_arena(
         driver, num_layers=3, layers_per_group=1, max_pages=60, num_slots=5, **settings
@@ -59,16 +62,13 @@ def num_calls():
     return driver.num_calls()
 
 
-NUM_CALLS = num_calls()
-
-
 def test_the_script_is_long_enough_to_mean_something():
-    assert NUM_CALLS > 60
+    assert num_calls() > 60
 
 
 @pytest.mark.parametrize("fault", [_core.Fault.OUT_OF_MEMORY, _core.Fault.ERROR], ids=str)
 def test_any_failing_call_leaves_a_sound_arena(fault):
-    for call in range(NUM_CALLS):
+    for call in range(num_calls()):
         inner, driver, arena = make_faulty_arena()
         driver.fail_call(call, fault)
         live = script(arena)
@@ -113,7 +113,7 @@ def test_any_failing_release_leaves_sound_books():
 def test_failed_reservation_is_a_config_error_and_leaks_nothing(call):
     from vmalloc import ConfigError
 
-    driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+    driver = _core.FaultDriver(make_driver())
     driver.fail_call(call, _core.Fault.OUT_OF_MEMORY)
     with pytest.raises(ConfigError, match="address space cannot hold"):
         make_arena(driver, num_layers=3, layers_per_group=1)
@@ -122,7 +122,7 @@ def test_failed_reservation_is_a_config_error_and_leaks_nothing(call):
 @pytest.mark.parametrize("fault", [_core.Fault.OUT_OF_MEMORY, _core.Fault.ERROR], ids=str)
 def test_any_failing_background_call_leaves_a_sound_arena(fault):
     for call in range(30):
-        inner = _core.make_host_driver(PAGE)
+        inner = make_driver()
         driver = _core.FaultDriver(inner)
         arena = make_arena(driver, num_layers=2, layers_per_group=1, max_pages=64, ahead_rows=8)
         slots = arena.try_admit(2, 4)

@@ -7,7 +7,10 @@ import sys
 import pytest
 
 from tests.arenas import PAGE, admit, extend, free, make_arena, pages
+from tests.drivers import make_driver
 from vmalloc import ClosedError, ConfigError, _core
+
+pytestmark = pytest.mark.usefixtures("each_driver")
 
 
 class TestGrowth:
@@ -150,7 +153,7 @@ class TestBadInput:
             arena.end_step(epoch)
 
     def test_closed_arena_says_so_and_closing_twice_is_fine(self):
-        driver = _core.make_host_driver(PAGE)
+        driver = make_driver()
         arena = make_arena(driver)
         admit(arena, 20)
         arena.close()
@@ -263,7 +266,7 @@ class TestEpochs:
 
     @pytest.fixture
     def driver(self):
-        return _core.FaultDriver(_core.make_host_driver(PAGE))
+        return _core.FaultDriver(make_driver())
 
     def test_pages_freed_in_an_open_step_wait_for_its_fence(self, driver):
         arena = make_arena(driver, num_slots=2, max_pages=4)
@@ -438,7 +441,7 @@ class TestWorker:
         assert stats["adopted_pages"] == 4
 
     def test_worker_failure_ends_background_work_only(self):
-        driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+        driver = _core.FaultDriver(make_driver())
         arena = make_arena(driver, ahead_rows=8)
         slot = admit(arena, 4)
         arena.wait_worker()

@@ -7,7 +7,10 @@ import sys
 import pytest
 
 from tests.arenas import PAGE, ROW, admit, extend, free, make_arena, pages
+from tests.drivers import make_driver
 from vmalloc import ConfigError, DriverError, _core
+
+pytestmark = pytest.mark.usefixtures("each_driver")
 
 get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 get_pointer.restype = ctypes.c_void_p
@@ -189,7 +192,7 @@ class TestPrepareWrite:
         assert arena.prepare_write(child) is not None
 
     def test_a_page_that_a_kernel_may_read_stays_where_it_is(self):
-        driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+        driver = _core.FaultDriver(make_driver())
         arena = make_arena(driver, num_slots=8, max_pages=32)
         rows = Rows(arena)
         parent, child = self.fork_and_cut(arena, rows, 24)
@@ -210,7 +213,7 @@ class TestPrepareWrite:
         assert arena.stats()["retired_pages"] == 0
 
     def test_two_slots_that_dropped_one_page_do_not_both_take_it_back(self):
-        driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+        driver = _core.FaultDriver(make_driver())
         arena = make_arena(driver, num_slots=8, max_pages=32)
         rows = Rows(arena)
         driver.hold_fences(True)
@@ -238,7 +241,7 @@ class TestSlots:
         assert pages(arena)[2] == 3
 
     def test_an_emptied_slot_is_not_given_away_under_a_running_kernel(self):
-        driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+        driver = _core.FaultDriver(make_driver())
         arena = make_arena(driver, num_slots=3, max_pages=32)
         rows, parent = Rows(arena), admit(arena, 24)
         rows.write(parent, 0, 24, 0)
@@ -497,7 +500,7 @@ def sharing_script(arena, group):
 def test_any_failing_call_while_sharing_leaves_sound_books(kind, protect):
     num_struck = 0
     for call in range(90):
-        inner = _core.make_host_driver(PAGE)
+        inner = make_driver()
         driver = _core.FaultDriver(inner)
         arena = make_arena(
             driver,
@@ -531,7 +534,7 @@ def test_any_failing_call_while_sharing_leaves_sound_books(kind, protect):
 
 
 def test_what_is_ahead_is_taken_before_anybody_waits_for_a_fence():
-    driver = _core.FaultDriver(_core.make_host_driver(PAGE))
+    driver = _core.FaultDriver(make_driver())
     arena = make_arena(driver, max_pages=8, ahead_rows=16)
     a = admit(arena, 8)
     arena.wait_worker()

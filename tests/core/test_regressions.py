@@ -9,6 +9,7 @@ import pytest
 
 from tests.arenas import PAGE, admit, extend, free, make_arena, pages
 from tests.core.test_kv_arena import _tensor
+from tests.drivers import make_driver
 from vmalloc import (
     ConfigError,
     KVCacheConfig,
@@ -18,9 +19,11 @@ from vmalloc import (
     _core,
 )
 
+pytestmark = pytest.mark.usefixtures("each_driver")
+
 
 def faulty():
-    return _core.FaultDriver(_core.make_host_driver(PAGE))
+    return _core.FaultDriver(make_driver())
 
 
 def make_cache(**settings):

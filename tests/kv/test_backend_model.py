@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
 
-from .backends import BASES, KINDS, SHAPES, Contents, make_config
+from .backends import BACKENDS, BASES, SHAPES, Contents, make_config
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -40,6 +40,7 @@ class BackendMachine(RuleBasedStateMachine):
         spare_slots,
         protect,
     ):
+        name, settings = BACKENDS[self.kind]
         seq_bytes = MAX_LEN * make_config(shape).token_bytes
         config = make_config(
             shape,
@@ -55,12 +56,13 @@ class BackendMachine(RuleBasedStateMachine):
             low_watermark=0.05,
             prefix_caching=prefix_caching,
             commit_ahead_tokens=commit_ahead,
+            **settings,
         )
         if self.kind == "virtual":
             self.driver = _core.FaultDriver(_core.make_host_driver(config.page_bytes))
             self.cache = VirtualKVCache(config, driver=self.driver)
         else:
-            self.cache = create_kv_backend(config, self.kind)
+            self.cache = create_kv_backend(config, name)
         self.contents = Contents(self.cache)
         self.tokens = {}  # of live sequences
         self.salts = {}  # of live and swapped ones
@@ -360,10 +362,15 @@ class BackendMachine(RuleBasedStateMachine):
 
 
 def machine_for(kind):
-    machine = type(f"{kind.title()}Machine", (BackendMachine,), {"kind": kind})
+    machine = type(f"{title(kind)}Machine", (BackendMachine,), {"kind": kind})
     machine.TestCase.__test__ = True
     return machine.TestCase
 
 
-for _kind in KINDS:
-    globals()[f"Test{_kind.title()}Model"] = machine_for(_kind)
+def title(kind):
+    """``"paged(torch)"`` -> ``"PagedTorch"``."""
+    return "".join(filter(str.isalpha, kind.title()))
+
+
+for _kind in BACKENDS:
+    globals()[f"Test{title(_kind)}Model"] = machine_for(_kind)
