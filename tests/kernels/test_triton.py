@@ -53,7 +53,7 @@ def test_kernels_are_right_under_the_interpreter(paths: list[str]) -> None:
 @needs_triton
 def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
     text = run_python("-m", "tests.kernels.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
-    for kernel in ("append", "decode", "join_splits", "prefill", "copy"):
+    for kernel in ("append", "decode", "join_splits", "prefill", "copy", "decode_rows"):
         assert f"\n{kernel}_kernel " in f"\n{text}"
     assert "compiled " in text
 

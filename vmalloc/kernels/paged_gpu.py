@@ -11,20 +11,19 @@ Thread-safety: any thread, as long as no call writes rows that another one reads
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from ..errors import ConfigError
 from . import flash_paged
-from .paged_checks import (
-    check_caches,
+from .attention_call import AttentionCall, on_device
+from .gpu_checks import (
+    check_append,
+    check_attention,
     check_device,
     check_indices,
-    check_sinks,
-    check_tensor,
-    check_view,
+    check_triton,
 )
 
 if TYPE_CHECKING:
@@ -68,19 +67,14 @@ def append_kv(
     Raises:
         ConfigError: a shape, dtype or device does not fit; nothing was written.
     """
-    check_caches(k_cache, v_cache)
-    for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):
-        check_tensor(name, tensor, 3, cache)
-        if tensor.shape[0] != key.shape[0] or tensor.shape[1:] != cache.shape[2:]:
-            raise ConfigError(
-                f"{name} has shape {tuple(tensor.shape)}, must be"
-                f" {(key.shape[0], *cache.shape[2:])} like the cache and key"
-            )
-    if check_view(view, k_cache) == 0 or view.max_seqlen_q == 0 or key.shape[0] == 0:
+    check_triton()
+    _check_has_table(view)
+    check_append(key, value, k_cache, v_cache, view)
+    if view.seqused_k.numel() == 0 or view.max_seqlen_q == 0 or key.shape[0] == 0:
         return
     from .triton_append import launch_append
 
-    with _current(key.device):
+    with on_device(key.device):
         launch_append(key, value, k_cache, v_cache, view)
 
 
@@ -119,50 +113,26 @@ def varlen_attention(
     Raises:
         ConfigError: a shape, dtype, device or setting does not fit; ``out`` was not written.
     """
-    check_caches(k_cache, v_cache)
-    check_tensor("query", query, 3, k_cache)
-    num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
-    if query.shape[2] != k_cache.shape[3]:
-        raise ConfigError(
-            f"query has head_dim {query.shape[2]}, must be {k_cache.shape[3]} like k_cache"
-        )
-    if num_heads % num_kv_heads:
-        raise ConfigError(
-            f"num_heads is {num_heads}, must be a multiple of num_kv_heads, {num_kv_heads}"
-        )
-    if window_left < -1:
-        raise ConfigError(f"window_left is {window_left}, must be -1 or more")
-    if not softcap >= 0:
-        raise ConfigError(f"softcap is {softcap}, must be 0 or more")
-    if sinks is not None:
-        check_sinks(sinks, query)
-    batch = check_view(view, k_cache)
-    shape = (query.shape[0], num_heads, v_cache.shape[3])
-    if out is None:
-        out = query.new_empty(shape)
-    elif tuple(out.shape) != shape:
-        raise ConfigError(f"out has shape {tuple(out.shape)}, must be {shape} like query, v_cache")
-    check_tensor("out", out, 3, k_cache)
-    if batch == 0 or view.max_seqlen_q == 0 or query.shape[0] == 0:
-        return out.zero_()
-    with _current(query.device):
+    check_triton()
+    _check_has_table(view)
+    call = AttentionCall(
+        query,
+        k_cache,
+        v_cache,
+        view,
+        float(softmax_scale),  # an int would compile another kernel
+        window_left,
+        float(softcap),
+        sinks,
+        out,
+    )
+    check_attention(call)
+    if call.is_empty:
+        return call.zeroed_out()
+    with on_device(query.device):
         if may_use_flash_attn and takes_flash_attn(k_cache, v_cache, sinks):
-            flash_paged.attend(
-                flash_paged.load_flash_attn(),
-                query,
-                k_cache,
-                v_cache,
-                view,
-                out,
-                softmax_scale=softmax_scale,
-                window_left=window_left,
-                softcap=softcap,
-            )
-        else:
-            _attend_by_triton(
-                query, k_cache, v_cache, view, out, softmax_scale, window_left, softcap, sinks
-            )
-    return out
+            return flash_paged.attend(flash_paged.load_flash_attn(), call)
+        return attend_by_triton(call)
 
 
 def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -> None:
@@ -178,6 +148,7 @@ def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -
     Raises:
         ConfigError: a shape, dtype, stride or device does not fit; nothing was copied.
     """
+    check_triton()
     check_device("blocks", blocks)
     if blocks.dim() != 4:
         raise ConfigError(f"blocks has shape {tuple(blocks.shape)}, must have 4 dimensions")
@@ -193,39 +164,25 @@ def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -
         return
     from .triton_copy import launch_copy
 
-    with _current(blocks.device):
+    with on_device(blocks.device):
         launch_copy(blocks, pairs, num_rows)
 
 
-def _attend_by_triton(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
+def attend_by_triton(call: AttentionCall) -> Tensor:
     """Each kernel picks its own sequences by their number of new rows, never by their mates'."""
     from .triton_decode import launch_decode
     from .triton_prefill import launch_prefill
 
-    out.zero_()  # padding rows: how many there are is known on the GPU only
-    launches = [launch_decode] if view.max_seqlen_q == 1 else [launch_prefill, launch_decode]
-    for launch in launches:
-        launch(
-            query,
-            k_cache,
-            v_cache,
-            view,
-            out,
-            softmax_scale=float(softmax_scale),  # an int would compile another kernel
-            window_left=window_left,
-            softcap=float(softcap),
-            sinks=sinks,
-        )
+    out = call.zeroed_out()  # padding rows: how many there are is known on the GPU only
+    if call.view.max_seqlen_q > 1:
+        launch_prefill(call, out)
+    launch_decode(call, out)
+    return out
+
+
+def _check_has_table(view: KVBatchView) -> None:
+    if view.block_table is None:
+        raise ConfigError("block_table is None, must be [batch, max_blocks] for paged kernels")
 
 
 def takes_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
@@ -236,8 +193,3 @@ def takes_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> 
         and flash_paged.load_flash_attn() is not None
         and torch.cuda.get_device_capability(k_cache.device) >= (8, 0)
     )
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

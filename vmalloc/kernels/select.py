@@ -102,4 +102,6 @@ def select_kernels(
         from .paged import PagedKernels
 
         return PagedKernels(prefer)
-    raise ConfigError("there are no kernels over slots on cuda yet; use the paged backend")
+    from .contiguous.dispatch import ContiguousKernels
+
+    return ContiguousKernels(layers, device, num_heads=num_heads, prefer=prefer)
