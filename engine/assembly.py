@@ -38,6 +38,9 @@ from .progress import watch_start_up
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON_CHARS = 400
+"""Compilers explain themselves at length."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
@@ -154,7 +157,7 @@ def _make_decodes(
     except Exception as error:
         if not config.compile:
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
         raise ConfigError(
             f"compile is True; {type(model).__name__} cannot be compiled: "
             f"{type(error).__name__}: {reason}"

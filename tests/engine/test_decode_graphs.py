@@ -32,6 +32,7 @@ from tests.engine.running import PAGE, all_tokens, assert_no_page_is_lost, run_o
 from tests.engine.test_backends_agree_preemption import preempting
 from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams, compiled_model, decode_graphs
 from vmalloc.engine.decode_graphs import CaptureError, EagerRecorder, Run, batch_sizes
+from vmalloc.engine.kv_attention import register_attention
 from vmalloc.errors import ConfigError
 
 PLAIN = {"batch_invariant": False}
@@ -140,12 +141,15 @@ class TestWhatIsWritten:
         prompts: list[list[int]],
         assert_token_exact: Any,
     ) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=12)
         engine = make(EagerRecorder(), max_num_seqs=11)
-        add(engine, prompts, params)
+        requests = {
+            str(idx): (prompt, SamplingParams(temperature=0.0, max_tokens=4 + idx % 9))
+            for idx, prompt in enumerate(prompts)
+        }
+        for name, request in requests.items():
+            engine.add_request(name, *request)
         written = all_tokens(run_out(engine))
-        ours = [written[str(idx)][0] for idx in range(len(prompts))]
-        requests = {str(idx): (prompt, params) for idx, prompt in enumerate(prompts)}
+        ours = [written[name][0] for name in requests]
         theirs = [found[0].token_ids for found in reference("llama", requests).values()]
         assert_token_exact(tiny_model("llama"), prompts, ours, theirs)
         assert graphs(engine).num_replayed > graphs(engine).num_recorded > 2
@@ -163,16 +167,14 @@ def test_models_of_other_kinds(name: str, make: Any) -> None:
 
 
 def test_sequences_that_grow_past_a_bucket_go_to_the_next(make: Any) -> None:
-    prompts = [[7] * 250, [8, 9] * 128]
+    prompts = [[7] * 248, [8, 9] * 120]
     written = []
     for recorder in (None, EagerRecorder()):
         engine = make(recorder, name="llama-5x3x40", max_num_seqs=2)
         add(engine, prompts, SamplingParams(temperature=0.0, max_tokens=12))
         written.append(all_tokens(run_out(engine)))
     assert written[0] == written[1]
-    assert sorted(graphs(engine)._recordings) == [(2, 256), (2, 512)] or sorted(
-        graphs(engine)._recordings
-    ) == [(1, 256), (1, 512), (2, 256), (2, 512)]
+    assert list(graphs(engine)._recordings) == [(2, 256), (2, 512)]
 
 
 def test_static_inputs_never_move_while_pages_come_and_go(make: Any) -> None:
@@ -216,7 +218,7 @@ def test_sleep_and_wake_leave_recordings_good(make: Any) -> None:
     assert graphs(engine).num_replayed > 4
 
 
-@pytest.mark.parametrize("num_pages", [13, 16, 24])
+@pytest.mark.parametrize("num_pages", [9, 11, 13])
 def test_a_pool_that_is_short_of_pages_for_all(num_pages: int, make: Any) -> None:
     """The place that batches are padded with is taken before the first request needs the room."""
     written = []
@@ -237,9 +239,7 @@ def test_prefills_mixed_batches_and_scored_prompts_go_the_plain_way(make: Any) -
     step(engine, {})
     assert graphs(engine).num_recorded == 0
     outputs = run_out(engine)
-    assert [len(output.prompt_logprobs) for output in outputs.values()] == [20, 1] or [
-        len(outputs[name].prompt_logprobs) for name in ("0", "1")
-    ] == [20, 1]
+    assert [len(outputs[name].prompt_logprobs) for name in ("0", "1")] == [20, 1]
     assert graphs(engine).num_recorded > 0
 
 
@@ -326,16 +326,12 @@ def test_batch_sizes_leave_few_rows_unused() -> None:
 
 class TestCompilation:
     @pytest.fixture(autouse=True)
-    def _fresh(self) -> Iterator[None]:
+    def _forget(self) -> Iterator[None]:
         yield
-        from transformers import AttentionInterface
-
-        from vmalloc.engine.kv_attention import register_attention
-
         torch._dynamo.reset()
         register_attention()
-        assert "vmalloc" in AttentionInterface()
 
+    @pytest.mark.parametrize("make", ["virtual"], indirect=True)
     def test_a_compiled_model_writes_the_same(
         self, make: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -354,11 +350,11 @@ class TestCompilation:
 
         monkeypatch.setattr(compiled_model, "BACKEND", counting)
         prompts = [[1, 2, 3], [4] * 20]
-        plain = make(max_num_seqs=2)
+        plain = make()
         add(plain, prompts)
         expected = all_tokens(run_out(plain))
-        engine = make(max_num_seqs=2, compile=True)
-        assert graphs(engine).num_recorded == 2
+        engine = make(compile=True, cuda_graph_sizes=(2,))
+        assert graphs(engine).num_recorded == 1
         compiled_at_start, called_at_start = num_compiled, num_called
         assert compiled_at_start > 0
         add(engine, prompts)
@@ -366,13 +362,13 @@ class TestCompilation:
         assert num_compiled == compiled_at_start
         assert num_called > called_at_start
 
+    @pytest.mark.parametrize("make", ["virtual"], indirect=True)
     def test_a_model_that_cannot_be_compiled_is_named_at_start(
-        self, make: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+        self, make: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def broken(*_: Any) -> Any:
             raise RuntimeError("no code for this\nand more")
 
         monkeypatch.setattr(compiled_model, "BACKEND", broken)
-        with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be compiled.*no code") as e:
+        with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be compiled.*no code"):
             make(max_num_seqs=1, compile=True)
-        assert "\n" not in str(e.value)
