@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .kv_attention import AttentionCall, attention_through
+from .packed_forward import has_logits_to_keep
 from .sampler import sample
 from .sampling_params import SamplingParams
 from .sequence import Sequence
@@ -83,17 +84,22 @@ def run_largest_step(
     """
     any_model: Any = model
     device = next(model.parameters()).device
-    num_rows = min(num_tokens, num_seqs)
-    token_ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
-    positions = torch.arange(num_tokens, device=device).remainder(max_model_len).unsqueeze(0)
+    rows = torch.arange(min(num_tokens, num_seqs), device=device)
+    arguments: dict[str, Any] = {
+        "input_ids": torch.zeros(1, num_tokens, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(num_tokens, device=device).remainder(max_model_len)[None],
+        "use_cache": False,
+    }
+    if has_logits_to_keep(model):
+        arguments["logits_to_keep"] = rows
 
     def attend(call: AttentionCall) -> Tensor:
         return call.query.new_zeros(*call.query.shape[:2], call.value.shape[2])
 
     try:
         with attention_through(attend):
-            logits = any_model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
-        _draw(logits[0, :num_rows].float())
+            logits = any_model(**arguments).logits
+        _draw(logits[0, : len(rows)].float())
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"max_num_batched_tokens is {num_tokens}; a step of so many does not fit {device} "

@@ -18,6 +18,11 @@ from ..kernels.select import AttentionKernels
 from .kv_attention import PackedAttention, attention_through
 
 
+def has_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether a model can be told the rows whose logits are wanted; others compute them all."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 class PackedForward:
     """A decoder over packed rows: token ids in, logits out, K and V written to the cache.
 
@@ -39,8 +44,7 @@ class PackedForward:
         self._kernels = kernels
         num_layers = len(backend.config.layers)
         self._layer_caches = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
-        parameters = inspect.signature(model.forward).parameters
-        self._has_logits_to_keep = "logits_to_keep" in parameters
+        self._has_logits_to_keep = has_logits_to_keep(model)
 
     @torch.inference_mode()
     def __call__(
