@@ -37,6 +37,7 @@ CORE_IMPORTERS = {
     "vmalloc/swapped_groups.py",
     "vmalloc/virtual_stats.py",
     "vmalloc/host_info.py",
+    "vmalloc/kernel_info.py",
     "vmalloc/kernels/cpu.py",
 }
 
