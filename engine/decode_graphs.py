@@ -48,7 +48,7 @@ class Recorder(Protocol):
     """Turns a function over static tensors into one that repeats it."""
 
     def record(self, run: Run) -> Run:
-        """A function that does what ``run`` does; its result is good until the next call of any.
+        """A function that does what ``run`` does, which may be run before, and more than once.
 
         Raises ``CaptureError`` if ``run`` works and cannot be recorded.
         """
@@ -69,8 +69,7 @@ class EagerRecorder:
 class CudaGraphRecorder:
     """Captures CUDA graphs that share one memory pool. Not yet run on a GPU.
 
-    Graphs of one engine run one after another, so what one leaves in the pool another may take:
-    results are read, or copied, before the next replay.
+    Graphs of one engine run one after another, so each may use what the others use for themselves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -160,6 +159,9 @@ class DecodeGraphs:
         config = backend.config
         max_blocks = -(-config.max_seq_len // config.block_size) if backend.name == "paged" else 0
         self._inputs = StaticInputs(self.sizes[-1], max_blocks, device)
+        # Where each result goes: graphs with results of their own would hold a vocabulary's width
+        # for every row of every size and bucket.
+        self._logits: Tensor | None = None
         self._recordings: OrderedDict[tuple[int, int], Run] = OrderedDict()
         self._is_on = True
         self.num_recorded = 0
@@ -217,7 +219,10 @@ class DecodeGraphs:
         token_ids, positions, rows = self._inputs.of_size(size)
 
         def run() -> Tensor:
-            return self._forward(token_ids, positions, rows, view)
+            logits = self._forward(token_ids, positions, rows, view)
+            if self._logits is None:
+                self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
+            return self._logits[:size].copy_(logits)
 
         # No driver call of the cache's worker may fall into a capture.
         self._backend.wait_worker()

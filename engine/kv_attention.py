@@ -1,7 +1,7 @@
 """The attention function that transformers calls for us: KV rows in, attended rows out.
 
-Owns: the name ``"vmalloc"`` in transformers' attention registry, and the batch that the current
-forward pass works on.
+Owns: the name ``"vmalloc"`` in transformers' attention registry, one for the process, and the batch
+that the current forward pass works on.
 Thread-safety: the current batch is a context variable, so threads do not see each other's.
 """
 
@@ -174,12 +174,21 @@ def vmalloc_attention(
     return out.unsqueeze(0), None
 
 
+_registered: Callable[..., Any] = vmalloc_attention
+
+
 def register_attention() -> None:
     """Make ``attn_implementation="vmalloc"`` known to transformers. Idempotent."""
-    AttentionInterface.register(ATTENTION_NAME, vmalloc_attention)
+    AttentionInterface.register(ATTENTION_NAME, _registered)
 
 
 def keep_attention_out_of_compilation() -> None:
-    """Let compiled models call our attention as it is: it hands addresses to kernels."""
-    compiler: Any = torch.compiler
-    AttentionInterface.register(ATTENTION_NAME, compiler.disable(vmalloc_attention))
+    """Let compiled models call our attention as it is: it hands addresses to kernels.
+
+    From then on in this process; it takes a microsecond or two a call, and loads the compiler.
+    """
+    global _registered
+    if _registered is vmalloc_attention:
+        compiler: Any = torch.compiler
+        _registered = compiler.disable(vmalloc_attention)
+    register_attention()

@@ -30,9 +30,15 @@ from tests.engine.agreement import (
 )
 from tests.engine.running import PAGE, all_tokens, assert_no_page_is_lost, run_out, step
 from tests.engine.test_backends_agree_preemption import preempting
-from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams, compiled_model, decode_graphs
+from vmalloc.engine import (
+    EngineConfig,
+    LLMEngine,
+    SamplingParams,
+    compiled_model,
+    decode_graphs,
+    kv_attention,
+)
 from vmalloc.engine.decode_graphs import CaptureError, EagerRecorder, Run, batch_sizes
-from vmalloc.engine.kv_attention import register_attention
 from vmalloc.errors import ConfigError
 
 PLAIN = {"batch_invariant": False}
@@ -327,9 +333,11 @@ def test_batch_sizes_leave_few_rows_unused() -> None:
 class TestCompilation:
     @pytest.fixture(autouse=True)
     def _forget(self) -> Iterator[None]:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kv_attention, "_registered", kv_attention.vmalloc_attention)
+            yield
         torch._dynamo.reset()
-        register_attention()
+        kv_attention.register_attention()
 
     @pytest.mark.parametrize("make", ["virtual"], indirect=True)
     def test_a_compiled_model_writes_the_same(
