@@ -196,6 +196,13 @@ class DecodeGraphs:
             if self._is_on:
                 self._recorded(size, bucket, self._fill((), size, bucket))()
 
+    def close(self) -> None:
+        """Let go of all recordings, and of what they hold on the device."""
+        self._is_on = False
+        self._recordings.clear()
+        self._logits = None
+        self._forward.close()
+
     def _bucket(self, num_tokens: int) -> int:
         return bucket_rows(num_tokens, self._backend.config.max_seq_len)
 

@@ -291,6 +291,7 @@ class LLMEngine:
         self._ended.clear()
         try:
             self._stream.synchronize()
+            self._runner.close()
             self._backend.close()
         finally:
             self._lease.give_back()

@@ -87,6 +87,12 @@ class ModelRunner:
             packed[:num_rows], packed[num_rows : 2 * num_rows], packed[2 * num_rows :], view
         )[:num_kept]
 
+    def close(self) -> None:
+        """Let go of what it holds on the device; nothing can be computed afterwards."""
+        self._forward.close()
+        if self.decodes is not None:
+            self.decodes.close()
+
 
 def _pack(
     seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int], all_rows: Set[int]

@@ -46,6 +46,10 @@ class PackedForward:
         self._layer_caches = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
         self._has_logits_to_keep = has_logits_to_keep(model)
 
+    def close(self) -> None:
+        """Let go of the cache's tensors, which keep its addresses reserved."""
+        self._layer_caches.clear()
+
     @torch.inference_mode()
     def __call__(
         self, token_ids: Tensor, positions: Tensor, rows: Tensor, view: KVBatchView

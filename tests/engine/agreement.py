@@ -208,6 +208,7 @@ class Engines:
     def close(self) -> None:
         for engine in self._made.values():
             engine.close()
+        self._made.clear()
 
 
 @dataclass

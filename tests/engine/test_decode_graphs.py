@@ -39,6 +39,7 @@ from vmalloc.engine import (
     kv_attention,
 )
 from vmalloc.engine.decode_graphs import CaptureError, EagerRecorder, Run, batch_sizes
+from vmalloc.engine.packed_forward import PackedForward
 from vmalloc.errors import ConfigError
 
 PLAIN = {"batch_invariant": False}
@@ -183,20 +184,23 @@ def test_sequences_that_grow_past_a_bucket_go_to_the_next(make: Any) -> None:
     assert list(graphs(engine)._recordings) == [(2, 256), (2, 512)]
 
 
-def test_static_inputs_never_move_while_pages_come_and_go(make: Any) -> None:
+def test_static_inputs_never_move_while_pages_come_and_go(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make(EagerRecorder())
     views: list[tuple[int, ...]] = []
-    forward = graphs(engine)._forward
+    forward = PackedForward.__call__
 
-    def noting(*args: Any) -> torch.Tensor:
+    def noting(self: Any, *args: Any) -> torch.Tensor:
         token_ids, positions, rows, view = args
         tensors = [token_ids, positions, rows, view.seqused_k, view.cu_seqlens_q]
         tensors.append(view.cache_batch_idx if view.block_table is None else view.block_table)
-        views.append((len(token_ids), *(tensor.data_ptr() for tensor in tensors)))
-        return forward(*args)
+        if view.max_seqlen_q == 1:
+            views.append((len(token_ids), *(tensor.data_ptr() for tensor in tensors)))
+        return forward(self, *args)
 
-    graphs(engine)._forward = noting  # type: ignore[assignment]
-    add(engine, [[1] * 10, [2] * 30, [3]], SamplingParams(temperature=0.0, max_tokens=40))
+    monkeypatch.setattr(PackedForward, "__call__", noting)
+    add(engine, [[1] * 10, [2] * 30, [3, 4]], SamplingParams(temperature=0.0, max_tokens=40))
     before = engine.kv_stats().map_calls
     run_out(engine)
     add(engine, [[4] * 12])
