@@ -8,8 +8,13 @@ import torch
 
 from vmalloc import KVCacheConfig, LayerKVSpec, SequenceGroupSpec, create_kv_backend
 
+<<<<<<< HEAD
 # Kind -> backend, and where its memory comes from. CUDA's, for the paged one, is torch's; for the
 # virtual one it is the stand-in's, which the CPU can reach.
+=======
+# Kind -> backend, and where its memory comes from: CUDA's is that of the stand-in driver, or
+# torch's for the paged backend.
+>>>>>>> main
 BACKENDS = {
     "virtual": ("virtual", {}),
     "virtual(cuda)": ("virtual", {"driver": "cuda"}),
@@ -17,7 +22,6 @@ BACKENDS = {
     "paged(torch)": ("paged", {"driver": "cuda"}),
 }
 KINDS = list(BACKENDS)
-ON_HOST = [kind for kind in KINDS if kind != "virtual(cuda)"]  # a GPU's unmapped rows fault
 GIVE_BACK = [kind for kind in KINDS if kind != "paged(torch)"]  # a tensor's memory cannot shrink
 BLOCK = 4  # small, so that a few tokens make several blocks
 

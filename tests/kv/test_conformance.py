@@ -9,7 +9,7 @@ import torch
 
 from vmalloc import ClosedError, ConfigError, SequenceGroupSpec
 
-from .backends import BASES, GIVE_BACK, KINDS, ON_HOST, Engine, books
+from .backends import BASES, GIVE_BACK, KINDS, Engine, books
 
 A, B, C = BASES
 
@@ -785,9 +785,8 @@ def test_closing_gives_memory_back_and_is_idempotent(kind):
     engine.admit(0, A[:50])
     with engine.cache as cache:
         key, _ = cache.layer_views(0)
-        assert kind not in ON_HOST or key.sum() != 0
     cache.close()
-    if kind in ON_HOST:
+    if kind != "virtual(cuda)":  # where addresses without memory cannot be read
         assert key.sum() == 0
     with pytest.raises(ClosedError):
         cache.stats()
