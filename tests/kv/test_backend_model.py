@@ -1,5 +1,7 @@
 """Random operations on every KV backend against a model that knows the contents of every row."""
 
+from contextlib import ExitStack
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -7,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
 from vmalloc.core_setup import make_driver
 
-from .backends import BACKENDS, BASES, SHAPES, Contents, make_config
+from .backends import BACKENDS, BASES, SHAPES, Contents, make_config, stand_in_driver
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -18,12 +20,8 @@ CUTS = st.sampled_from([1, 5, 16, 17, 33, 60, 61, MAX_LEN])
 class BackendMachine(RuleBasedStateMachine):
     """Every live row is compared after each rule; it depends on the salt and all tokens before."""
 
-<<<<<<< HEAD
-    kind = name = ""
-=======
     kind = ""
     is_virtual = False
->>>>>>> main
 
     @initialize(
         shape=st.sampled_from(sorted(SHAPES)),
@@ -53,11 +51,7 @@ class BackendMachine(RuleBasedStateMachine):
             max_num_seqs=MAX_SEQS,
             num_slots=MAX_SEQS + spare_slots,
             lookahead_tokens=lookahead,
-<<<<<<< HEAD
-            commit_policy=policy if self.name == "virtual" else "on_demand",
-=======
             commit_policy=policy if self.is_virtual else "on_demand",
->>>>>>> main
             protect_shared=protect,
             max_seq_len=MAX_LEN,
             capacity_bytes=int(share * seq_bytes) + (24 << 10),
@@ -68,14 +62,10 @@ class BackendMachine(RuleBasedStateMachine):
             commit_ahead_tokens=commit_ahead,
             **settings,
         )
-<<<<<<< HEAD
-        if self.name == "virtual":
-=======
         if self.kind == "virtual(cuda)":
             self.stand_in = ExitStack()
             self.stand_in.enter_context(stand_in_driver())
         if self.is_virtual:
->>>>>>> main
             self.driver = _core.FaultDriver(make_driver(config))
             self.cache = VirtualKVCache(config, driver=self.driver)
         else:
@@ -276,11 +266,7 @@ class BackendMachine(RuleBasedStateMachine):
         if not self.cache.try_sleep():
             return
         stats = self.cache.stats()
-<<<<<<< HEAD
-        num_pinned = self.cache.prefix_stats().pinned_pages if self.name == "virtual" else 0
-=======
         num_pinned = self.cache.prefix_stats().pinned_pages if self.is_virtual else 0
->>>>>>> main
         assert stats.created_pages <= stats.retired_pages + num_pinned
         with pytest.raises(ConfigError, match="asleep"):
             self.cache.flush_prefixes()
@@ -315,31 +301,19 @@ class BackendMachine(RuleBasedStateMachine):
         self.cache.end_step(self.step)
         self.step = None
 
-<<<<<<< HEAD
-    @precondition(lambda self: self.name == "virtual")
-=======
     @precondition(lambda self: self.is_virtual)
->>>>>>> main
     @rule(hold=st.booleans())
     def hold_fences(self, hold):
         self.driver.hold_fences(hold)
 
     # With a worker, whom it strikes would depend on time.
-<<<<<<< HEAD
-    @precondition(lambda self: self.name == "virtual" and not self.cache.config.commit_ahead_tokens)
-=======
     @precondition(lambda self: self.is_virtual and not self.cache.config.commit_ahead_tokens)
->>>>>>> main
     @rule(call=st.integers(0, 3))
     def run_out(self, call):
         """The machine has no page, or no mapping, for one of the next calls."""
         self.driver.fail_call(call, _core.Fault.OUT_OF_MEMORY)
 
-<<<<<<< HEAD
-    @precondition(lambda self: self.name == "virtual")
-=======
     @precondition(lambda self: self.is_virtual)
->>>>>>> main
     @rule()
     def wait_worker(self):
         self.cache.wait_worker()
@@ -350,11 +324,7 @@ class BackendMachine(RuleBasedStateMachine):
     def books_balance(self):
         if not hasattr(self, "cache"):
             return
-<<<<<<< HEAD
-        if self.name == "virtual":
-=======
         if self.is_virtual:
->>>>>>> main
             self.cache.wait_worker()  # what succeeds must not depend on its pace
         self.cache.check_invariants()
         stats = self.cache.stats()
@@ -384,19 +354,16 @@ class BackendMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
-<<<<<<< HEAD
-        if self.name == "virtual":
-            self.driver.hold_fences(False)
-        self.cache.close()
-        if self.name == "virtual":
-=======
         if self.is_virtual:
             self.driver.hold_fences(False)
         self.cache.close()
         if self.is_virtual:
->>>>>>> main
             counters = self.driver.counters()
             assert counters["create_calls"] == counters["destroy_calls"]
+
+        if self.kind == "virtual(cuda)":
+            del self.cache, self.contents, self.driver
+            self.stand_in.close()
 
     def one_live(self):
         return st.sampled_from(sorted(self.tokens))
@@ -406,14 +373,8 @@ class BackendMachine(RuleBasedStateMachine):
 
 
 def machine_for(kind):
-<<<<<<< HEAD
-    machine = type(
-        f"{title(kind)}Machine", (BackendMachine,), {"kind": kind, "name": BACKENDS[kind][0]}
-    )
-=======
     attributes = {"kind": kind, "is_virtual": BACKENDS[kind][0] == "virtual"}
     machine = type(f"{title(kind)}Machine", (BackendMachine,), attributes)
->>>>>>> main
     machine.TestCase.__test__ = True
     return machine.TestCase
 

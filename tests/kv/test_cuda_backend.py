@@ -15,11 +15,18 @@ from vmalloc import (
 )
 from vmalloc.device import current_stream, tensor_device
 
-from .backends import BASES, Engine
+from .backends import BASES, Engine, stand_in_driver
 
 LAYER = LayerKVSpec(num_kv_heads=2, k_head_dim=16, v_head_dim=16)
 NO_LIBRARY = "no/such/libcuda.so.1"
 has_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+@pytest.fixture(autouse=True)
+def stand_in():
+    """The stand-in driver, for every test here."""
+    with stand_in_driver() as fake:
+        yield fake
 
 
 def make_config(**changes):
