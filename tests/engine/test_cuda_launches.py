@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.launches import LaunchingCache
 from tests.engine.running import all_tokens, assert_no_page_is_lost, run_out
-from tests.fakecuda import FakeCuda, library_path
+from tests.fakecuda import CudaError, FakeCuda, library_path
 from vmalloc import DriverError, factory
 from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
 
@@ -48,7 +48,7 @@ def make(tiny_model: Any, **settings: Any) -> LLMEngine:
             "kv_backend": "virtual",
             "batch_invariant": True,
             "max_num_seqs": 8,
-            "kv_cache_memory_bytes": 16 * 4096,
+            "kv_cache_memory_bytes": 11 * 4096,
             "swap_space_bytes": 1 << 20,
             **settings,
         }
@@ -59,14 +59,14 @@ def make(tiny_model: Any, **settings: Any) -> LLMEngine:
 def add_requests(engine: LLMEngine) -> None:
     """Growth, parallel samples, beams and a common prefix, in a pool that is too small for all."""
     greedy = {"temperature": 0.0, "ignore_eos": True}
-    engine.add_request("long", [*COMMON, 11], SamplingParams(**greedy, max_tokens=30))
+    engine.add_request("long", [*COMMON, 11], SamplingParams(**greedy, max_tokens=16))
     engine.add_request(
-        "samples", [*COMMON, 12, 13], SamplingParams(n=3, seed=1, max_tokens=12, ignore_eos=True)
+        "samples", [*COMMON, 12, 13], SamplingParams(n=2, seed=1, max_tokens=10, ignore_eos=True)
     )
     engine.add_request(
         "beams",
         [5, 6, 7],
-        SamplingParams(n=2, use_beam_search=True, max_tokens=8, temperature=0.0),
+        SamplingParams(n=2, use_beam_search=True, max_tokens=5, temperature=0.0),
     )
     engine.add_request("short", [*COMMON, 14], SamplingParams(**greedy, max_tokens=3))
 
@@ -95,7 +95,7 @@ def test_kernels_that_run_late_find_their_rows(
 ) -> None:
     with make(tiny_model, preemption_mode=mode) as engine:
         written, _ = serve(engine)
-        assert LaunchingCache.num_launches > 500
+        assert LaunchingCache.num_launches > 200
         assert getattr(engine.stats(), f"preempt_{mode}") > 0
         stats = engine.kv_stats()
         assert stats.aliased_pages > 0
@@ -115,7 +115,7 @@ def test_without_the_fence_they_would_not(tiny_model: Any, late: FakeCuda) -> No
     assert isinstance(backend, LaunchingCache)
     backend.fault_driver.ignore_fences(True)
     add_requests(engine)
-    with pytest.raises(DriverError, match="ILLEGAL_ADDRESS"):
+    with pytest.raises((DriverError, CudaError), match="700"):
         run_out(engine)
     late.reset()
 
@@ -132,7 +132,7 @@ def test_any_call_of_a_serving_run_may_fail_once(
             expected, _ = serve(engine)
             assert_no_page_is_lost(engine)
         num_calls = late.total_calls - before
-        assert num_calls > 200
+        assert num_calls > 100
         empty = late.used_bytes
         raised = Counter[str]()
         for call in range(1 + part, num_calls + 1, 4):

@@ -13,7 +13,7 @@ OUT_OF_MEMORY, UNKNOWN = 2, 999
 
 def come_and_go():
     """Every operation once; the cache is closed at the end, whatever happened."""
-    with make_cache("virtual(cuda)", "odd, per layer", commit_ahead_tokens=3) as cache:
+    with make_cache("virtual(cuda)", "wide and thin", commit_ahead_tokens=3) as cache:
         cache.try_admit(SequenceGroupSpec((0, 1), 20))
         cache.wait_worker()
         cache.try_fork(0, [2])
@@ -34,7 +34,7 @@ def test_nothing_is_left_whichever_call_fails(code):
         before = fake.total_calls
         come_and_go()
         num_calls = fake.total_calls - before
-        assert num_calls > 150
+        assert num_calls > 100
         num_raised = 0
         for call in range(1, num_calls + 1):
             fake.ctl(f"*:fail={call},err={code}")
