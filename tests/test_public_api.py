@@ -62,6 +62,7 @@ BACKEND = [
     "try_swap_out",
     "try_wake",
     "unpin_prefix",
+    "wait_worker",
 ]
 
 
@@ -81,7 +82,7 @@ def test_backend_protocol():
 
 
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
-    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "wait_worker"}
+    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of"}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
 
 

@@ -242,6 +242,20 @@ def test_a_pool_that_is_short_of_pages_for_all(num_pages: int, make: Any) -> Non
     assert engine.stats().preempt_swap + engine.stats().preempt_recompute > 0
 
 
+def test_a_request_that_fills_the_pool_leaves_room_for_the_padding(make: Any) -> None:
+    engine = make(
+        EagerRecorder(), kv_cache_memory_bytes=12 * PAGE, block_size=4, commit_ahead_tokens=0
+    )
+    room = engine.backend.max_seq_tokens()
+    assert room < engine.config.max_model_len
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    engine.add_request("all of it", [1 + idx % 90 for idx in range(room - 1)], params)
+    engine.add_request("beside it", [3], params)
+    outputs = run_out(engine)
+    assert [output.error for output in outputs.values()] == [None, None]
+    assert graphs(engine).num_recorded > 0
+
+
 def test_prefills_mixed_batches_and_scored_prompts_go_the_plain_way(make: Any) -> None:
     engine = make(EagerRecorder(), max_num_batched_tokens=8)
     scored = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0)
