@@ -10,7 +10,7 @@ kernel over an ordinary tensor [batch, rows, heads, head_dim]: what strides and 
 
 result: ``copy_gb_per_s`` (read plus written; measured first); ``rows`` [{phase, batch, length,
 num_new, bytes, layers, kernels {name: {us, roofline (decode: share of the copy bandwidth), rel_error,
-tflop_per_s (prefill)} or {error}}}], times a layer.
+is_captured, tflop_per_s (prefill)} or {error}}}], times a layer.
 
 Expected: decode equal within noise at equal length for one library (both read each row once); the
 contiguous one ahead where blocks of 16 rows cost address arithmetic; whole views behind for
@@ -31,13 +31,13 @@ from torch import Tensor
 
 from vmalloc import VirtualKVCache
 from vmalloc.errors import ConfigError
+from vmalloc.kernels.buckets import bucket_rows
 from vmalloc.kernels.flash_paged import load_flash_attn
 from vmalloc.kernels.select import AttentionKernels, select_kernels
 
 from .attention_calls import (
     FLASH_ATTN_BLOCK,
     Batch,
-    bucket_of,
     check_on_meta,
     flash_attn_blocks,
     flash_attn_slots,
@@ -68,12 +68,21 @@ CASES = (
 )
 """Phase, sequences, rows of each; the chief ones first."""
 
-SLOT_KERNELS = ("torch", "fa2", "fa3", "flashinfer", "triton", "sdpa")
+SLOT_KERNELS = ("torch", "fa2", "fa3", "flashinfer", "triton")
 BLOCK_KERNELS = ("fa2", "triton")
 SMALL_BLOCK = 16
 READ_BYTES = 512 << 20  # that a replay walks through at least, where the layers suffice
 CHECKED_ROWS = 16
 LayerCall = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What attends in a layer, what its last rows should be, and whether a graph may capture it."""
+
+    call: LayerCall
+    exact: LayerCall
+    is_graph_safe: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def main(section: Section) -> None:
     section.put("copy_gb_per_s", copy)
     cases, max_len, num_tokens = CASES, MAX_LEN, MAX_TOKENS
     if section.dry_run:
-        cases, max_len, num_tokens = (("decode", 2, 40), ("prefill", 2, 20)), 64, 512
+        cases, max_len, num_tokens = (("decode", 2, 20), ("prefill", 1, 20)), 32, 128
     max_batch = max(size for _, size, _ in cases)
     cache = make_cache(
         section, shape, max_num_seqs=max_batch, max_seq_len=max_len, num_tokens=num_tokens
@@ -169,23 +178,27 @@ def measure_case(
 
 
 def time_calls(
-    section: Section, calls: dict[str, tuple[LayerCall, LayerCall]], num_layers: int, phase: str,
+    section: Section, calls: dict[str, Contender], num_layers: int, phase: str,
     found: dict[str, Any],
 ) -> dict[str, list[float]]:  # fmt: skip
     """Compare each contender's output with the formula, then time those that work, in turns."""
     ready = {}
-    for name, (call, exact) in calls.items():
+    for name, one in calls.items():
         try:
-            out = call(1)
-            expected = exact(1)
+            out = one.call(1)
+            expected = one.exact(1)
             found[name] = {"rel_error": relative_error(out[-expected.shape[0] :], expected)}
 
-            def walk(call: LayerCall = call) -> None:
+            def walk(call: LayerCall = one.call) -> None:
                 for layer_idx in range(num_layers):
                     call(layer_idx)
 
-            ready[name] = capture(walk, device=section.device) if phase == "decode" else walk
+            is_captured = phase == "decode" and one.is_graph_safe
+            found[name]["is_captured"] = is_captured
+            ready[name] = capture(walk, device=section.device) if is_captured else walk
         except Exception as error:
+            if section.dry_run:
+                raise
             found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             print(f"{name}: {error}", flush=True)
     rounds = 2 if section.dry_run else 12 if phase == "decode" else 6
@@ -194,18 +207,20 @@ def time_calls(
 
 def contenders(
     section: Section, shape: ModelShape, cache: VirtualKVCache, blocks: Blocks, batch: Batch
-) -> dict[str, tuple[LayerCall, LayerCall]]:
-    """By name, what attends in a layer, and what its last rows should be."""
-    bucket, capacity = bucket_of(max(batch.lengths)), cache.config.max_seq_len
-    bucket = min(bucket, capacity)
-    calls: dict[str, tuple[LayerCall, LayerCall]] = {}
-    exact = partial(_exact_slots, cache, batch)
+) -> dict[str, Contender]:
+    """By name, everyone but the dense one."""
+    capacity = cache.config.max_seq_len
+    bucket = bucket_rows(max(batch.lengths), capacity)
+    calls: dict[str, Contender] = {}
+    exact: LayerCall = partial(_exact_slots, cache, batch)
     raw = {"raw torch, slots": bucket, "raw torch, slots, whole view": capacity}
     for name, rows in raw.items():
         if section.dry_run:
             check_on_meta(torch_fa2, batch, *cache.layer_views(1), rows)
             continue
-        calls[name] = (lambda layer, n=rows: torch_fa2(batch, *cache.layer_views(layer), n), exact)
+        calls[name] = Contender(
+            lambda layer, n=rows: torch_fa2(batch, *cache.layer_views(layer), n), exact
+        )
     for kernel in SLOT_KERNELS if not section.dry_run else ("triton",):
         chosen = _choose(section, shape, kernel, has_block_table=False)
         if chosen is not None and chosen.lookahead_rows > cache.config.lookahead_tokens:
@@ -213,11 +228,11 @@ def contenders(
         elif chosen is not None:
             view = batch.view(bucket)
             call = partial(_ours, chosen, batch, view, cache.layer_views)
-            calls[f"ours {kernel}, slots"] = (call, exact)
+            calls[f"ours {kernel}, slots"] = Contender(call, exact, chosen.is_graph_safe)
     flash_attn = None if section.dry_run else load_flash_attn()
     if flash_attn is not None:
         for name, rows in (("slots", bucket), ("slots, whole view", capacity)):
-            calls[f"raw fa2, {name}"] = (
+            calls[f"raw fa2, {name}"] = Contender(
                 lambda i, n=rows: flash_attn_slots(flash_attn, batch, *cache.layer_views(i), n),
                 exact,
             )
@@ -227,8 +242,8 @@ def contenders(
 
 def _block_contenders(
     section: Section, shape: ModelShape, blocks: Blocks, batch: Batch, flash_attn: Any
-) -> dict[str, tuple[LayerCall, LayerCall]]:
-    calls: dict[str, tuple[LayerCall, LayerCall]] = {}
+) -> dict[str, Contender]:
+    calls: dict[str, Contender] = {}
     for block_size in (SMALL_BLOCK, FLASH_ATTN_BLOCK):
         table = make_block_table(
             batch.lengths, block_size, blocks.num_blocks(block_size), section.device, section.seed
@@ -237,7 +252,7 @@ def _block_contenders(
         view = batch.view(table.shape[1] * block_size, table)
         of_layer = partial(_layer_blocks, blocks, block_size)
         if flash_attn is not None and block_size == FLASH_ATTN_BLOCK:
-            calls[f"raw fa2, blocks of {block_size}"] = (
+            calls[f"raw fa2, blocks of {block_size}"] = Contender(
                 lambda i, table=table, of_layer=of_layer: flash_attn_blocks(
                     flash_attn, batch, *of_layer(i), table
                 ),
@@ -249,13 +264,14 @@ def _block_contenders(
             chosen = _choose(section, shape, kernel, has_block_table=True)
             if chosen is not None and not (kernel == "fa2" and flash_attn is None):
                 call = partial(_ours, chosen, batch, view, of_layer)
-                calls[f"ours {kernel}, blocks of {block_size}"] = (call, exact)
+                name = f"ours {kernel}, blocks of {block_size}"
+                calls[name] = Contender(call, exact, chosen.is_graph_safe)
     return calls
 
 
 def dense_contender(
     shape: ModelShape, batch: Batch, num_layers: int
-) -> tuple[LayerCall, LayerCall]:
+) -> Contender:
     """torch's kernel over ordinary memory, the rows of a batch without gaps."""
     length = max(batch.lengths)
     size = (num_layers, 2, batch.size, length, shape.num_kv_heads, shape.head_dim)
@@ -271,7 +287,7 @@ def dense_contender(
     def exact(layer: int) -> Tensor:
         return _exact_last(batch, dense[layer, 0, -1], dense[layer, 1, -1])
 
-    return call, exact
+    return Contender(call, exact)
 
 
 def _choose(

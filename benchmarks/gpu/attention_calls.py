@@ -75,11 +75,6 @@ def make_batch(
     return Batch(query, tuple(lengths), num_new, int32(lengths), int32(slots), int32(starts))
 
 
-def bucket_of(length: int) -> int:
-    """The power of two that a view is cut to."""
-    return 1 << max(4, (length - 1).bit_length())
-
-
 def make_block_table(
     lengths: Sequence[int], block_size: int, num_blocks: int, device: str, seed: int = 0
 ) -> Tensor:

@@ -4,10 +4,11 @@ Through our driver (which the allocator uses; mapping a run is one map a page an
 for single calls, through cuda-python. A busy GPU has matrix products in flight on another stream all
 the while; samples at whose end it had run dry are counted.
 
-result: ``runs`` [{stream, num_threads, page_bytes, num_pages, create_us (one page), map_us, unmap_us
-(the run), destroy_us (one page), idle_samples, calls}]; ``threads`` [{stream, num_threads, num_pages,
-pages_per_s}]; ``raw`` [{stream, call, num_pages, us or error}]; ``launches`` {alone, while mapping}: host
-microseconds of one small kernel launch while another thread maps and unmaps.
+result: ``runs`` [{stream, num_threads, page_bytes, num_pages, create_us (one page), map_new_us (the run,
+for the first time: with the clearing of new memory, if the driver does that), map_us (the run, again),
+unmap_us (the run), destroy_us (one page), idle_samples, calls}]; ``threads`` [{stream, num_threads,
+num_pages, pages_per_s, call_us}]; ``raw`` [{stream, call, num_pages, us or error}]; ``launches``
+{alone, while_mapping}: host microseconds of one small kernel launch while another thread maps and unmaps.
 
 Owns: the pages it makes, given back at once.
 Thread-safety: the part on two threads uses two address ranges of one driver.
@@ -66,10 +67,11 @@ def main(section: Section) -> None:
 def time_runs(
     section: Section, driver: Any, stream: str, keep: Keep, num_pages: int
 ) -> dict[str, Any]:
-    """Create pages, map them as one run, unmap the run, destroy them; repeatedly."""
+    """Create pages, map them as one run twice, unmap the run, destroy them; repeatedly."""
     repeats = 2 if section.dry_run else max(4, min(150, 1024 // num_pages))
     num_bytes = num_pages * driver.page_bytes
-    times: dict[str, list[float]] = {"create": [], "map": [], "unmap": [], "destroy": []}
+    steps = ("create", "map_new", "map", "unmap", "destroy")
+    times: dict[str, list[float]] = {name: [] for name in steps}
     address = driver.try_reserve(num_bytes)
     before, idle = driver.calls(), 0
     for _ in range(repeats):
@@ -77,10 +79,11 @@ def time_runs(
         keep()
         for index in range(num_pages):
             times["create"].append(host_us(lambda i=index: pages.append(driver.try_create_page(i))))
-        idle += not keep()
-        times["map"].append(host_us(lambda pages=pages: driver.try_map(address, pages)))
-        idle += not keep()
-        times["unmap"].append(host_us(lambda: driver.unmap(address, num_pages)))
+        for name in ("map_new", "map"):
+            idle += not keep()
+            times[name].append(host_us(lambda pages=pages: driver.try_map(address, pages)))
+            idle += not keep()
+            times["unmap"].append(host_us(lambda: driver.unmap(address, num_pages)))
         idle += not keep()
         for page in pages:
             times["destroy"].append(host_us(lambda page=page: driver.destroy_page(page)))

@@ -3,7 +3,7 @@
 32 sequences of seeded lengths around 2,048 rows in the 8B shape, commit-ahead off. Attention is our
 dispatch over all 32 layers in one CUDA graph; growth is 64 decode steps.
 
-result: ``rows`` [{layers_per_group, page_mib, attention_us (all layers), pages_per_step,
+result: ``rows`` [{layers_per_group, page_bytes, attention_us (all layers), pages_per_step,
 map_calls_per_step, access_calls_per_step, extend_us, waste (share of committed bytes without a token),
 committed_bytes}].
 
@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from vmalloc import VirtualKVCache
+from vmalloc.kernels.buckets import bucket_rows
 from vmalloc.kernels.select import select_kernels
 
-from .attention_calls import bucket_of, make_batch
+from .attention_calls import make_batch
 from .caches import ModelShape, admit, fill, make_cache, model_shape
 from .devices import make_driver
 from .section import Section, run_section
@@ -38,23 +39,25 @@ NUM_STEPS = 64
 
 def main(section: Section) -> None:
     shape = model_shape(section)
-    groups, sizes = GROUPS, PAGE_MIB
+    groups, sizes = GROUPS, [mib << 20 for mib in PAGE_MIB]
     if section.dry_run:
-        groups, sizes = (2, 1), (2, 4)
-    for page_mib in sizes:
+        groups, sizes = (2, 1), [64 << 10, 128 << 10]
+    for page_bytes in sizes:
         for group in groups:
-            if section.has_time_for(f"{group} layers a group, pages of {page_mib} MiB", 4):
-                section.add("rows", measure(section, shape, group, page_mib))
+            if section.has_time_for(f"{group} layers a group, pages of {page_bytes} bytes", 4):
+                section.add("rows", measure(section, shape, group, page_bytes))
+    if not any(row["pages_per_step"] for row in section.result.get("rows", [])):
+        raise RuntimeError("no sequence needed a page at any position of the dial")
 
 
-def measure(section: Section, shape: ModelShape, group: int, page_mib: int) -> dict[str, Any]:
+def measure(section: Section, shape: ModelShape, group: int, page_bytes: int) -> dict[str, Any]:
     """One position of the dial."""
     num_seqs, mean, num_steps = NUM_SEQS, MEAN_LENGTH, NUM_STEPS
     if section.dry_run:
-        num_seqs, mean, num_steps = 2, 100, 4
+        num_seqs, mean, num_steps = 2, 100, 40
     torch.manual_seed(section.seed)
     lengths = draw_lengths(num_seqs, mean, section.seed)
-    driver = make_driver(section, page_mib << 20)
+    driver = make_driver(section, page_bytes)
     cache = make_cache(
         section,
         shape,
@@ -62,12 +65,12 @@ def measure(section: Section, shape: ModelShape, group: int, page_mib: int) -> d
         max_num_seqs=num_seqs,
         max_seq_len=2 * mean,
         num_tokens=sum(lengths) + num_seqs * num_steps,
-        page_bytes=page_mib << 20,
+        page_bytes=page_bytes,
         layers_per_group=group,
     )
     slots = admit(cache, lengths)
     fill(cache, range(num_seqs))
-    row: dict[str, Any] = {"layers_per_group": group, "page_mib": page_mib}
+    row: dict[str, Any] = {"layers_per_group": group, "page_bytes": page_bytes}
     if section.dry_run:
         section.skip("attention over the dial", "no GPU")
     else:
@@ -85,7 +88,7 @@ def time_attention(
         shape.layers, device="cuda", has_block_table=False, num_heads=shape.num_heads
     )
     batch = make_batch(shape, slots, lengths, 1, section.device)
-    view = batch.view(min(bucket_of(max(lengths)), cache.config.max_seq_len))
+    view = batch.view(bucket_rows(max(lengths), cache.config.max_seq_len))
 
     def walk() -> None:
         for layer_idx in range(shape.num_layers):

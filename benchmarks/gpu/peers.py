@@ -89,7 +89,7 @@ def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str,
         layers_per_group=32,
         num_slots=2,
         max_rows=rows,
-        max_pages=num_pages,
+        max_pages=num_pages + 1,  # one is the arena's scratch page
     )
     times: dict[str, list[float]] = {"grow": [], "give_back": [], "grow_pooled": [], "to_pool": []}
 
@@ -109,13 +109,13 @@ def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str,
     for _ in range(repeats):
         slots: list[int] = []
         times["grow"].append(host_us(lambda slots=slots: slots.append(grow())))
-        times["to_pool"].append(host_us(lambda slots=slots: shrink(slots[0], num_pages)))
+        times["to_pool"].append(host_us(lambda slots=slots: shrink(slots[0], num_pages + 1)))
         times["grow_pooled"].append(host_us(lambda slots=slots: slots.append(grow())))
         times["give_back"].append(host_us(lambda slots=slots: shrink(slots[1], 0)))
     left = arena.stats()["created_pages"]
     arena.close()
     return {f"{name}_us": spread(values) for name, values in times.items()} | {
-        "bytes_given_back": (num_pages - left) * PAGE_BYTES
+        "bytes_given_back": (num_pages + 1 - left) * PAGE_BYTES
     }
 
 

@@ -51,6 +51,13 @@ PACKAGES = ("vmalloc", "torch", "triton", "transformers", "flash-attn", "flashin
             "cuda-bindings", "cuda-core", "kvcached", "torch-memory-saver", "numpy")  # fmt: skip
 ECHOED_LINES = 12
 DRY_RUN_SECONDS = 240.0
+DRY_RUN_ENV = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",
+    "FAKECUDA_MEM_MB": "4096",
+    "FAKECUDA_GRAN_KB": "64",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 class Run:
@@ -89,8 +96,8 @@ class Run:
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _use_stand_in(self) -> None:
-        """Let the sections find the stand-in libcuda, and no GPU."""
-        self._env["CUDA_VISIBLE_DEVICES"] = ""
+        """Let the sections find the stand-in libcuda, no GPU, and Triton's interpreter."""
+        self._env |= DRY_RUN_ENV
         library = self.results["sections"]["prepare"]["result"].get("stand_in")
         if library:
             self._env["VMALLOC_LIBCUDA"] = library

@@ -112,20 +112,21 @@ def _probes(result: Row) -> None:
 
 
 def _driver_calls(result: Row) -> None:
-    rows = [row for row in result["runs"] if row["num_threads"] == 1]
     print_rows(
-        "driver calls, us (median, p90)",
-        ("stream", "pages", "create a page", "map a run", "unmap a run", "map, a page"),
+        "driver calls on runs of pages, us: median (p90)",
+        ("stream", "page MiB", "pages", "create one", "map new", "map", "unmap", "map / page"),
         [
             (
                 row["stream"],
+                row["page_bytes"] >> 20,
                 row["num_pages"],
                 _spread(row["create_us"]),
+                _spread(row["map_new_us"]),
                 _spread(row["map_us"]),
                 _spread(row["unmap_us"]),
                 f"{row['map_us']['median'] / row['num_pages']:.2f}",
             )
-            for row in rows
+            for row in result["runs"]
         ],
     )
 
@@ -156,7 +157,7 @@ def _layout(result: Row) -> None:
         [
             (
                 row["layers_per_group"],
-                row["page_mib"],
+                row["page_bytes"] >> 20,
                 _spread(row["attention_us"]),
                 f"{row['pages_per_step']:.2f}",
                 f"{row['map_calls_per_step']:.2f}",
