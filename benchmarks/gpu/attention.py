@@ -9,8 +9,8 @@ kernel over an ordinary tensor [batch, rows, heads, head_dim]: what strides and 
 "whole view" leaves the view at full capacity instead of cutting it to a power of two.
 
 result: ``copy_gb_per_s`` (read plus written; measured first); ``rows`` [{phase, batch, length,
-num_new, bytes, layers, kernels {name: {us, roofline (decode: share of the copy bandwidth), rel_error,
-is_captured, tflop_per_s (prefill)} or {error}}}], times a layer.
+num_new, bytes, layers, kernels {name: {us, roofline (decode: share of the copy bandwidth),
+rel_error, is_captured, tflop_per_s (prefill)} or {error}}}], times a layer.
 
 Expected: decode equal within noise at equal length for one library (both read each row once); the
 contiguous one ahead where blocks of 16 rows cost address arithmetic; whole views behind for
@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vmalloc.kernels.buckets import bucket_rows
+from vmalloc.kernels.select import AttentionKernels, select_kernels
 
 from vmalloc import VirtualKVCache
 from vmalloc.errors import ConfigError
-from vmalloc.kernels.buckets import bucket_rows
 from vmalloc.kernels.flash_paged import load_flash_attn
-from vmalloc.kernels.select import AttentionKernels, select_kernels
 
 from .attention_calls import (
     FLASH_ATTN_BLOCK,
@@ -134,11 +134,12 @@ def measure_copy(section: Section) -> dict[str, float]:
     num_bytes = 1 << (20 if section.dry_run else 33)
     source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=section.device).normal_()
     target = torch.empty_like(source)
-    times = compare_us({"copy": lambda: target.copy_(source)}, device=section.device, rounds=8)
-    del source, target
+    copy = partial(target.copy_, source)
+    times = compare_us({"copy": copy}, device=section.device, rounds=8)["copy"]
+    del source, target, copy
     if not section.dry_run:
         torch.cuda.empty_cache()  # pages come from the driver, past torch's allocator
-    return spread([2 * num_bytes / us / 1e3 for us in times["copy"]], 1)
+    return spread([2 * num_bytes / us / 1e3 for us in times], 1)
 
 
 def measure_case(
@@ -269,17 +270,13 @@ def _block_contenders(
     return calls
 
 
-def dense_contender(
-    shape: ModelShape, batch: Batch, num_layers: int
-) -> Contender:
+def dense_contender(shape: ModelShape, batch: Batch, num_layers: int) -> Contender:
     """torch's kernel over ordinary memory, the rows of a batch without gaps."""
     length = max(batch.lengths)
     size = (num_layers, 2, batch.size, length, shape.num_kv_heads, shape.head_dim)
     dense = torch.empty(size, dtype=shape.torch_dtype, device=batch.query.device).normal_()
     place = torch.arange(batch.size, dtype=torch.int32, device=batch.query.device)
-    moved = Batch(
-        batch.query, batch.lengths, batch.num_new, batch.lens, place, batch.cu_seqlens_q
-    )
+    moved = Batch(batch.query, batch.lengths, batch.num_new, batch.lens, place, batch.cu_seqlens_q)
 
     def call(layer: int) -> Tensor:
         return torch_fa2(moved, dense[layer, 0], dense[layer, 1], length)

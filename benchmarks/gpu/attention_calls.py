@@ -78,7 +78,7 @@ def make_batch(
 def make_block_table(
     lengths: Sequence[int], block_size: int, num_blocks: int, device: str, seed: int = 0
 ) -> Tensor:
-    """Blocks of every sequence, drawn without order from ``num_blocks``: ``[batch, max_blocks]``."""
+    """Blocks of every sequence, drawn without order: int32 ``[batch, max_blocks]``."""
     counts = [-(-length // block_size) for length in lengths]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(num_blocks, generator=generator, dtype=torch.int64)[: sum(counts)]

@@ -1,12 +1,13 @@
 """What growth costs a step: pages mapped inline, or ahead of need while the GPU computes.
 
-64 sequences in the 8B shape grow by a token a step, so four of them need a page in every step. A step
-opens, extends everyone, enqueues matrix products of about 6 ms, closes and waits for the GPU, as an
-engine does that reads the new tokens. "new" pages are created by the driver when they are needed;
-"pooled" ones exist already and are only mapped.
+64 sequences in the 8B shape grow by a token a step, so four of them need a page in every step. A
+step opens, extends everyone, enqueues matrix products of about 6 ms, closes and waits for the GPU,
+as an engine does that reads the new tokens. "new" pages are created by the driver when they are
+needed; "pooled" ones exist already and are only mapped.
 
-result: ``rows`` [{commit_ahead_tokens, pool, step_ms, allocator_us (host time of begin, extend and end),
-critical_pages, background_pages, hidden_share, stall_us_per_step}] with percentiles p50, p90, p99, max.
+result: ``rows`` [{commit_ahead_tokens, pool, step_ms, allocator_us (host time of begin, extend and
+end), critical_pages, background_pages, hidden_share, stall_us_per_step}] with percentiles p50, p90,
+p99, max.
 
 Expected: ahead, the allocator's time is that of a step without pages, and the step's tail is the
 computation's; inline and new is the worst.
@@ -53,9 +54,7 @@ def make_compute(section: Section) -> Callable[[], None]:
     return compute
 
 
-def measure(
-    section: Section, compute: Callable[[], None], ahead: int, pool: str
-) -> dict[str, Any]:
+def measure(section: Section, compute: Callable[[], None], ahead: int, pool: str) -> dict[str, Any]:
     """One way to get pages, over ``NUM_STEPS`` steps."""
     shape = model_shape(section)
     num_seqs, num_steps = (NUM_SEQS, NUM_STEPS) if not section.dry_run else (4, 8)

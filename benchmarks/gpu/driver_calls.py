@@ -1,14 +1,15 @@
 """How long the driver's calls take: alone and in runs, on an idle and a busy GPU, on two threads.
 
-Through our driver (which the allocator uses; mapping a run is one map a page and one set-access) and,
-for single calls, through cuda-python. A busy GPU has matrix products in flight on another stream all
-the while; samples at whose end it had run dry are counted.
+Through our driver (which the allocator uses; mapping a run is one map a page and one set-access)
+and, for single calls, through cuda-python. A busy GPU has matrix products in flight on another
+stream all the while; samples at whose end it had run dry are counted.
 
-result: ``runs`` [{stream, num_threads, page_bytes, num_pages, create_us (one page), map_new_us (the run,
-for the first time: with the clearing of new memory, if the driver does that), map_us (the run, again),
-unmap_us (the run), destroy_us (one page), idle_samples, calls}]; ``threads`` [{stream, num_threads,
-num_pages, pages_per_s, call_us}]; ``raw`` [{stream, call, num_pages, us or error}]; ``launches``
-{alone, while_mapping}: host microseconds of one small kernel launch while another thread maps and unmaps.
+result: ``runs`` [{stream, num_threads, page_bytes, num_pages, create_us (one page), map_new_us (the
+run, for the first time: with the clearing of new memory, if the driver does that), map_us (the run,
+again), unmap_us (the run), destroy_us (one page), idle_samples, calls}]; ``threads`` [{stream,
+num_threads, num_pages, pages_per_s, call_us}]; ``raw`` [{stream, call, num_pages, us or error}];
+``launches`` {alone, while_mapping}: host microseconds of one small kernel launch while another
+thread maps and unmaps.
 
 Owns: the pages it makes, given back at once.
 Thread-safety: the part on two threads uses two address ranges of one driver.
@@ -25,7 +26,7 @@ import torch
 
 from .devices import RawDriver, make_driver, raw_driver
 from .section import Section, run_section
-from .timing import Load, host_us, percentiles, spread
+from .timing import Load, percentiles, spread, timed
 
 RUN_LENGTHS = (1, 2, 8, 32, 128, 512)
 PAGE_MIB = (4, 8, 32)
@@ -75,18 +76,16 @@ def time_runs(
     address = driver.try_reserve(num_bytes)
     before, idle = driver.calls(), 0
     for _ in range(repeats):
-        pages: list[int] = []
         keep()
-        for index in range(num_pages):
-            times["create"].append(host_us(lambda i=index: pages.append(driver.try_create_page(i))))
+        pages = [timed(times["create"], driver.try_create_page, i) for i in range(num_pages)]
         for name in ("map_new", "map"):
             idle += not keep()
-            times[name].append(host_us(lambda pages=pages: driver.try_map(address, pages)))
+            timed(times[name], driver.try_map, address, pages)
             idle += not keep()
-            times["unmap"].append(host_us(lambda: driver.unmap(address, num_pages)))
+            timed(times["unmap"], driver.unmap, address, num_pages)
         idle += not keep()
         for page in pages:
-            times["destroy"].append(host_us(lambda page=page: driver.destroy_page(page)))
+            timed(times["destroy"], driver.destroy_page, page)
     driver.release(address, num_bytes)
     calls = {name: count - before.get(name, 0) for name, count in driver.calls().items()}
     return {
@@ -119,8 +118,8 @@ def time_threads(
             barrier.wait()
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:
-                waits[idx].append(host_us(lambda: driver.try_map(address, pages)))
-                waits[idx].append(host_us(lambda: driver.unmap(address, THREAD_PAGES)))
+                timed(waits[idx], driver.try_map, address, pages)
+                timed(waits[idx], driver.unmap, address, THREAD_PAGES)
                 counts[idx] += 1
             for page in pages:
                 driver.destroy_page(page)
@@ -147,30 +146,25 @@ def time_threads(
     }
 
 
-def time_raw(
-    section: Section, raw: RawDriver, stream: str, keep: Keep, page_bytes: int
-) -> None:
+def time_raw(section: Section, raw: RawDriver, stream: str, keep: Keep, page_bytes: int) -> None:
     """The driver's own calls by cuda-python: singles, then one call over a run of pages."""
     repeats = 3 if section.dry_run else 60
     times: dict[str, list[float]] = {}
 
-    def timed(name: str, *arguments: Any) -> Any:
-        values: list[Any] = []
+    def call(name: str, *arguments: Any) -> Any:
         keep()
-        taken = host_us(lambda: values.append(raw.call(name, *arguments)))
-        times.setdefault(name, []).append(taken)
-        return values[0]
+        return timed(times.setdefault(name, []), raw.call, name, *arguments)
 
     prop, access = raw.allocation_property(), [raw.access()]
     for _ in range(repeats):
-        timed("cuDriverGetVersion")  # does nothing: what a call through Python costs
-        address = int(timed("cuMemAddressReserve", page_bytes, 0, 0, 0))
-        handle = timed("cuMemCreate", page_bytes, prop, 0)
-        timed("cuMemMap", address, page_bytes, 0, handle, 0)
-        timed("cuMemSetAccess", address, page_bytes, access, 1)
-        timed("cuMemUnmap", address, page_bytes)
-        timed("cuMemRelease", handle)
-        timed("cuMemAddressFree", address, page_bytes)
+        call("cuDriverGetVersion")  # does nothing: what a call through Python costs
+        address = int(call("cuMemAddressReserve", page_bytes, 0, 0, 0))
+        handle = call("cuMemCreate", page_bytes, prop, 0)
+        call("cuMemMap", address, page_bytes, 0, handle, 0)
+        call("cuMemSetAccess", address, page_bytes, access, 1)
+        call("cuMemUnmap", address, page_bytes)
+        call("cuMemRelease", handle)
+        call("cuMemAddressFree", address, page_bytes)
     for name, values in times.items():
         section.add("raw", {"stream": stream, "call": name, "num_pages": 1, "us": spread(values)})
     for num_pages in RUN_LENGTHS[1:] if not section.dry_run else RUN_LENGTHS[1:3]:
@@ -197,7 +191,7 @@ def time_raw_run(
         for name, step in steps.items():
             keep()
             try:
-                times[name].append(host_us(step))
+                timed(times[name], step)
             except RuntimeError as error:
                 errors[name] = str(error)
         if "cuMemUnmap" in errors:
@@ -221,9 +215,9 @@ def time_launches(driver: Any) -> dict[str, Any]:
     pages = [driver.try_create_page(i) for i in range(THREAD_PAGES)]
 
     def launch() -> list[float]:
-        times = []
+        times: list[float] = []
         for _ in range(2000):
-            times.append(host_us(lambda: small.add_(1)))
+            timed(times, small.add_, 1)
             if len(times) % 100 == 0:
                 torch.cuda.synchronize()
         return times

@@ -1,12 +1,13 @@
-"""What the machine is: versions, device, what the driver can do, and the ceilings to measure against.
+"""What the machine is: versions, device, what the driver can do, and the ceilings to measure
+against.
 
 Clocks, power and modes are read, never set.
 
 result: ``versions``; ``nvidia_smi`` {field: value}; ``device``: ``CudaDriver.info()``;
-``control_plane``: what ``vmalloc.cuda_devices`` says; ``granularity`` {minimum, recommended} and
-``vmm_attribute`` as cuda-python reads them; ``reserve_us`` {GiB reserved: microseconds, or why not};
-``info``: ``vmalloc info --json``; ``ceilings`` {copy_gb_per_s (read plus written), bf16_tflop_per_s,
-host_to_device_gb_per_s, device_to_host_gb_per_s} as spreads.
+``control_plane``: ``vmalloc.cuda_devices.find_devices()``, the same facts by way of cuda-python;
+``reserve_us`` {GiB reserved: microseconds, or why not}; ``info``: ``vmalloc info --json``;
+``ceilings`` {copy_gb_per_s (read plus written), bf16_tflop_per_s, host_to_device_gb_per_s,
+device_to_host_gb_per_s} as spreads.
 
 Owns: nothing.  Thread-safety: none; one process.
 """
@@ -18,17 +19,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from vmalloc.cuda_devices import find_devices
 
 from vmalloc import _core
 
-from .devices import make_driver, raw_driver
+from .devices import make_driver
 from .section import Section, run_section
-from .timing import compare_us, host_us, spread
+from .timing import compare_us, spread, timed
 
 SMI_FIELDS = (
     "name,driver_version,pci.bus_id,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,"
@@ -44,8 +46,7 @@ def main(section: Section) -> None:
     driver = make_driver(section)
     section.put("device", driver.info())
     section.put("reserve_us", time_reservations(driver))
-    section.put("control_plane", control_plane())
-    put_attributes(section)
+    section.put("control_plane", asdict(find_devices()))
     section.put("info", command_info())
     if section.dry_run:
         section.skip("ceilings", "no GPU")
@@ -83,59 +84,18 @@ def time_reservations(driver: Any) -> dict[str, Any]:
     """Address space costs nothing but a call; how long the call takes, by size."""
     times: dict[str, Any] = {}
     for gib in RESERVED_GIB:
-        addresses: list[int | None] = []
+        taken: list[float] = []
         try:
-            taken = host_us(lambda gib=gib: addresses.append(driver.try_reserve(gib << 30)))
+            address = timed(taken, driver.try_reserve, gib << 30)
         except Exception as error:
             times[str(gib)] = f"{type(error).__name__}: {error}"
             continue
-        if addresses[0] is None:
+        if address is None:
             times[str(gib)] = "out of address space"
             continue
-        released = host_us(lambda gib=gib: driver.release(addresses[0], gib << 30))
-        times[str(gib)] = {"reserve": round(taken, 1), "release": round(released, 1)}
+        timed(taken, driver.release, address, gib << 30)
+        times[str(gib)] = {"reserve": round(taken[0], 1), "release": round(taken[1], 1)}
     return times
-
-
-def control_plane() -> Any:
-    """Devices as the Python control plane sees them, or why it sees none."""
-    from vmalloc import cuda_devices
-
-    found = {
-        name: getattr(cuda_devices, name)()
-        for name in ("absence", "driver_version", "devices")
-        if hasattr(cuda_devices, name)
-    }
-    return json.loads(json.dumps(found, default=_plain))
-
-
-def put_attributes(section: Section) -> None:
-    """Granularity and VMM support as cuda-python reads them, beside what the core found."""
-    cuda = raw_driver(section)
-    if cuda is None:
-        return
-    prop = cuda.allocation_property()
-    names = cuda.api.CUmemAllocationGranularity_flags
-    section.put(
-        "granularity",
-        {
-            "minimum": cuda.call(
-                "cuMemGetAllocationGranularity", prop, names.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-            ),
-            "recommended": cuda.call(
-                "cuMemGetAllocationGranularity", prop, names.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-            ),
-        },
-    )
-    attribute = cuda.api.CUdevice_attribute
-    section.put(
-        "vmm_attribute",
-        cuda.call(
-            "cuDeviceGetAttribute",
-            attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-            cuda.device,
-        ),
-    )
 
 
 def command_info() -> Any:
@@ -199,10 +159,6 @@ def _output(command: list[str]) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} gave {done.returncode}: {done.stderr.strip()[-300:]}")
     return done.stdout.strip()
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Runs the project's tests that need a GPU, each suite in a process of its own.
 
-result: ``suites`` {name: {passed, failed, skipped, seconds, returncode}}; ``failures``
-[{suite, test, message}]. The JUnit reports of all suites go to ``gpu_tests.xml`` beside the section's
-file. A dry run collects the tests and runs none. Fails if a test does.
+result: ``suites`` {name: {passed, failed, skipped, seconds, returncode}}; ``failures`` [{suite,
+test, message}]. The JUnit reports of all suites go to ``gpu_tests.xml`` beside the section's file.
+A dry run collects the tests and runs none. Fails if a test does.
 
-Warnings are no errors here: the machine's versions are not the ones that the suite is kept clean for.
+Warnings are no errors here: the machine's versions are not the ones that the suite is kept clean
+for.
 
 Owns: the report.  Thread-safety: none; one process, one suite at a time.
 """
@@ -41,7 +42,9 @@ def main(section: Section) -> None:
             continue
         report = section.out.parent / f"{folder.replace('/', '_')}.xml"
         suites = section.result.get("suites", {})
-        section.put("suites", {**suites, folder: run_suite(folder, report, section.left_s() * share)})
+        section.put(
+            "suites", {**suites, folder: run_suite(folder, report, section.left_s() * share)}
+        )
         if report.exists():
             reports.append(report)
             merge_reports(reports, section.out.parent / "gpu_tests.xml")
@@ -84,7 +87,9 @@ def run_suite(folder: str, report: Path, seconds: float) -> dict[str, Any]:
 def count_results(report: Path) -> dict[str, int]:
     """Tests by how they ended; errors count as failures."""
     cases = list(ET.parse(report).iter("testcase"))
-    failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+    failed = sum(
+        case.find("failure") is not None or case.find("error") is not None for case in cases
+    )
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {"passed": len(cases) - failed - skipped, "failed": failed, "skipped": skipped}
 

@@ -1,17 +1,18 @@
 """Whether a kernel touches rows past a sequence's end, and whether its CUDA graphs survive growth.
 
-Four sequences over our own cache, whole pages mapped and nothing after them, no lookahead; every mapped
-row past the end holds NaN. A bad read ends a CUDA context: probes run in a child process, and where one
-kills it, the rest get another one.
+Four sequences over our own cache, whole pages mapped and nothing after them, no lookahead; every
+mapped row past the end holds NaN. A bad read ends a CUDA context: probes run in a child process,
+and where one kills it, the rest get another one.
 
 result: ``rows`` [{kernel, length, mapped_rows, expected, found, rel_error, is_as_expected}] with
-``found`` one of "exact" (finite, relative error under 1e-2), "nan", "wrong", "error 700", or another
-error; ``graphs``: the same for one capture replayed while sequences grow into new pages and one ends
-and another begins, with ``lengths`` and ``rel_errors`` of the replays.
+``found`` one of "exact" (finite, relative error under 1e-2), "nan", "wrong", "error 700", or
+another error; ``graphs``: the same for one capture replayed while sequences grow into new pages and
+one ends and another begins, with ``lengths`` and ``rel_errors`` of the replays.
 
-Expected: "exact" for torch's FlashAttention, flash-attn, Triton, flashinfer, SDPA and FA3 through its
-identity table; "error 700" for FA3 by TMA, which loads whole tiles and here is denied its lookahead
-rows. "raw" is the library called as it is, "ours" our dispatch told to use it, or its own choice.
+Expected: "exact" for torch's FlashAttention, flash-attn, Triton, flashinfer, SDPA and FA3 through
+its identity table; "error 700" for FA3 by TMA, which loads whole tiles and here is denied its
+lookahead rows. "raw" is the library called as it is, "ours" our dispatch told to use it, or its own
+choice.
 
 Owns: its child processes.  Thread-safety: none; one process at a time.
 """
@@ -29,11 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vmalloc.kernels.select import select_kernels
 
 from vmalloc import SequenceGroupSpec, VirtualKVCache
 from vmalloc.errors import ConfigError
 from vmalloc.kernels.flash_paged import load_flash_attn
-from vmalloc.kernels.select import select_kernels
 
 from .attention_calls import Batch, check_on_meta, flash_attn_slots, make_batch, torch_fa2
 from .caches import ModelShape, admit, attend_exactly, fill, make_cache, model_shape, relative_error
@@ -104,8 +105,7 @@ def run_in_child(section: Section, tasks: list[Task]) -> list[Task]:
             left = [
                 task
                 for task in left
-                if task[0] != report["kernel"]
-                or not (is_absent or task[1] == report["length"])
+                if task[0] != report["kernel"] or not (is_absent or task[1] == report["length"])
             ]
     if left:
         kernel, length = left.pop(0)
@@ -128,13 +128,6 @@ def child(tasks: list[Task], section: Section) -> None:
     """Probe what is asked for; a JSON line for each."""
     shape = model_shape(section)
     torch.manual_seed(section.seed)
-    cache = make_cache(
-        section,
-        shape,
-        max_num_seqs=NUM_SEQS + 1,
-        max_seq_len=MAX_LEN,
-        num_tokens=(NUM_SEQS + 1) * max(*GROWTH, *LENGTHS),
-    )
     for kernel, group in groupby(tasks, key=lambda task: task[0]):
         attend, is_graph_safe = choose(kernel, shape, section)
         if isinstance(attend, str):
@@ -142,11 +135,10 @@ def child(tasks: list[Task], section: Section) -> None:
             continue
         for _, length in group:
             if length == GRAPH:
-                report = probe_graph(section, shape, cache, attend, is_graph_safe)
+                report = probe_graph(section, shape, attend, is_graph_safe)
             else:
-                report = probe(section, shape, cache, attend, int(length))
+                report = probe(section, shape, attend, int(length))
             print(json.dumps({"kernel": kernel, "length": length, **report}), flush=True)
-    cache.close()
 
 
 def choose(kernel: str, shape: ModelShape, section: Section) -> tuple[Attend | str, bool]:
@@ -180,13 +172,26 @@ def choose(kernel: str, shape: ModelShape, section: Section) -> tuple[Attend | s
     return attend, chosen.is_graph_safe
 
 
-def probe(
-    section: Section, shape: ModelShape, cache: VirtualKVCache, attend: Attend, length: int
-) -> dict[str, Any]:
+def _make_cache(section: Section, shape: ModelShape, length: int) -> VirtualKVCache:
+    """One whose slots nobody used: what is mapped is what the sequences need."""
+    return make_cache(
+        section,
+        shape,
+        max_num_seqs=NUM_SEQS + 1,
+        max_seq_len=MAX_LEN,
+        num_tokens=(NUM_SEQS + 1) * length,
+    )
+
+
+def probe(section: Section, shape: ModelShape, attend: Attend, length: int) -> dict[str, Any]:
     """One call with all sequences at ``length``, NaN in every mapped row past it."""
+    cache = _make_cache(section, shape, length)
     slots = admit(cache, [length] * NUM_SEQS)
     views = cache.layer_views(LAYER)
-    mapped = cache.mapped_rows(0)
+    mapped = max(cache.mapped_rows(seq_id) for seq_id in range(NUM_SEQS))
+    rows_per_page = -(-cache.layout.page_bytes // cache.layout.row_bytes[0])
+    if mapped >= length + rows_per_page:
+        raise RuntimeError(f"{mapped} rows are mapped for {length}; a page has {rows_per_page}")
     for view in views:
         for slot in slots:
             view[slot, :mapped].fill_(float("nan"))
@@ -199,27 +204,24 @@ def probe(
     else:
         out = attend(batch, *views, cache.config.max_seq_len)
         row |= judge(out, expected_of(batch, slots, views))
-    cache.free(range(NUM_SEQS))
+    cache.close()
     return row
 
 
 def probe_graph(
-    section: Section,
-    shape: ModelShape,
-    cache: VirtualKVCache,
-    attend: Attend,
-    is_graph_safe: bool,
+    section: Section, shape: ModelShape, attend: Attend, is_graph_safe: bool
 ) -> dict[str, Any]:
     """Capture once; between replays sequences grow into new pages and one starts anew elsewhere.
 
     A kernel that may not be captured is called each time instead, and the report says so.
     """
+    cache = _make_cache(section, shape, GROWTH[-1])
     slots = admit(cache, [GROWTH[0]] * NUM_SEQS)
     views = cache.layer_views(LAYER)
     fill(cache, range(NUM_SEQS), LAYER + 1)
     batch = make_batch(shape, slots, [GROWTH[0]] * NUM_SEQS, 1, section.device)
     if section.dry_run and attend is torch_fa2:
-        cache.free(range(NUM_SEQS))
+        cache.close()
         return {"lengths": [], "rel_errors": [], "found": "exact", "note": "schema only"}
     out = torch.empty_like(batch.query)
     rows = cache.config.max_seq_len
@@ -249,7 +251,7 @@ def probe_graph(
         now = Batch(batch.query, (length,) * NUM_SEQS, 1, batch.lens, batch.slot_idx,
                     batch.cu_seqlens_q)  # fmt: skip
         errors.append(judge(out, expected_of(now, slots, views)))
-    cache.free(seq_ids)
+    cache.close()
     bad = [error["found"] for error in errors if error["found"] != "exact"]
     return {
         "is_captured": is_graph_safe,

@@ -4,11 +4,11 @@
 dispatch over all 32 layers in one CUDA graph; growth is 64 decode steps.
 
 result: ``rows`` [{layers_per_group, page_bytes, attention_us (all layers), pages_per_step,
-map_calls_per_step, access_calls_per_step, extend_us, waste (share of committed bytes without a token),
-committed_bytes}].
+map_calls_per_step, access_calls_per_step, extend_us, waste (share of committed bytes without a
+token), committed_bytes}].
 
-Expected: the more layers a group, the less waste and the fewer pages a step, at some cost in attention
-time; larger pages waste more and map less often.
+Expected: the more layers a group, the less waste and the fewer pages a step, at some cost in
+attention time; larger pages waste more and map less often.
 
 Owns: one cache at a time.  Thread-safety: none; one process, torch's current stream.
 """
@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from vmalloc import VirtualKVCache
 from vmalloc.kernels.buckets import bucket_rows
 from vmalloc.kernels.select import select_kernels
+
+from vmalloc import VirtualKVCache
 
 from .attention_calls import make_batch
 from .caches import ModelShape, admit, fill, make_cache, model_shape
 from .devices import make_driver
 from .section import Section, run_section
-from .timing import capture, compare_us, host_us, spread
+from .timing import capture, compare_us, spread, timed
 
 GROUPS = (32, 1, 8, 4, 16)
 PAGE_MIB = (2, 4, 8)
@@ -100,23 +100,13 @@ def time_attention(
     return compare_us({"step": graph}, device=section.device, rounds=20)["step"]
 
 
-def grow(
-    cache: VirtualKVCache, driver: Any, lengths: list[int], num_steps: int
-) -> dict[str, Any]:
+def grow(cache: VirtualKVCache, driver: Any, lengths: list[int], num_steps: int) -> dict[str, Any]:
     """One token a step for everyone: calls, pages and host time a step; then the waste."""
     seq_ids = list(range(len(lengths)))
     before, counters = cache.stats(), driver.counters()
-    times = []
+    times: list[float] = []
     for index in range(1, num_steps + 1):
-        totals = [length + index for length in lengths]
-
-        def step(totals: list[int] = totals) -> None:
-            opened = cache.begin_step()
-            if not cache.try_extend(seq_ids, totals):
-                raise RuntimeError("the pool is too small for this benchmark: a bug in it")
-            cache.end_step(opened)
-
-        times.append(host_us(step))
+        timed(times, _step, cache, seq_ids, [length + index for length in lengths])
     after, counted = cache.stats(), driver.counters()
     return {
         "pages_per_step": (after.critical_pages - before.critical_pages) / num_steps,
@@ -126,6 +116,13 @@ def grow(
         "waste": 1 - after.live_bytes / after.committed_bytes,
         "committed_bytes": after.committed_bytes,
     }
+
+
+def _step(cache: VirtualKVCache, seq_ids: list[int], totals: list[int]) -> None:
+    opened = cache.begin_step()
+    if not cache.try_extend(seq_ids, totals):
+        raise RuntimeError("the pool is too small for this benchmark: a bug in it")
+    cache.end_step(opened)
 
 
 def draw_lengths(num_seqs: int, mean: int, seed: int) -> list[int]:

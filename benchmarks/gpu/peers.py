@@ -1,16 +1,17 @@
-"""Other allocators on the same work: pages of 2 MiB under one range of addresses, taken and given back.
+"""Other allocators on the same work: pages of 2 MiB under one range of addresses, taken and given
+back.
 
-``vmalloc`` is a core arena whose one slot grows by N pages at once; kvcached (0.1.6) maps N pages of a
-KV tensor; torch-memory-saver (0.0.10) resumes and pauses N allocations of 2 MiB, its whole purpose,
-made through its own allocator function. The last two are measured where ``.gpu/wheels`` holds them.
-Each runs in a process of its own.
+``vmalloc`` is a core arena whose one slot grows by N pages at once; kvcached (0.1.6) maps N pages
+of a KV tensor; torch-memory-saver (0.0.10) resumes and pauses N allocations of 2 MiB, its whole
+purpose, made through its own allocator function. The last two are measured where ``.gpu/wheels``
+holds them. Each runs in a process of its own.
 
-result: ``rows`` [{allocator, num_pages, grow_us (new pages, usable afterwards), give_back_us (to the
-system), grow_pooled_us and to_pool_us (vmalloc: pages that are kept), bytes_given_back}].
+result: ``rows`` [{allocator, num_pages, grow_us (new pages, usable afterwards), give_back_us (to
+the system), grow_pooled_us and to_pool_us (vmalloc: pages that are kept), bytes_given_back}].
 
-Not the same in all respects: kvcached puts a page of zeros under what is not mapped, so it unmaps and
-maps on both ways; torch-memory-saver cannot grow by a part, only bring back all of a tag. vmalloc's
-growth includes its transaction over slots and epochs.
+Not the same in all respects: kvcached puts a page of zeros under what is not mapped, so it unmaps
+and maps on both ways; torch-memory-saver cannot grow by a part, only bring back all of a tag.
+vmalloc's growth includes its transaction over slots and epochs.
 
 Owns: its child processes.  Thread-safety: none; one process at a time.
 """
@@ -33,7 +34,7 @@ from vmalloc import _core
 from .devices import make_driver
 from .prepare import ROOT
 from .section import Section, run_section
-from .timing import host_us, spread
+from .timing import spread, timed
 
 PAGE_BYTES = 2 << 20
 NUM_PAGES = (1, 8, 64, 512)
@@ -82,9 +83,7 @@ def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str,
     rows = num_pages * PAGE_BYTES // row_bytes
     arena = _core.KVArena(
         driver,
-        layers=[
-            _core.LayerKVSpec(num_kv_heads=8, k_head_dim=128, v_head_dim=128, element_bytes=2)
-        ]
+        layers=[_core.LayerKVSpec(num_kv_heads=8, k_head_dim=128, v_head_dim=128, element_bytes=2)]
         * 32,
         layers_per_group=32,
         num_slots=2,
@@ -106,16 +105,17 @@ def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str,
         arena.end_step(epoch)
         arena.trim(keep)
 
+    created = 0
     for _ in range(repeats):
-        slots: list[int] = []
-        times["grow"].append(host_us(lambda slots=slots: slots.append(grow())))
-        times["to_pool"].append(host_us(lambda slots=slots: shrink(slots[0], num_pages + 1)))
-        times["grow_pooled"].append(host_us(lambda slots=slots: slots.append(grow())))
-        times["give_back"].append(host_us(lambda slots=slots: shrink(slots[1], 0)))
+        slot = timed(times["grow"], grow)
+        timed(times["to_pool"], shrink, slot, num_pages + 1)
+        slot = timed(times["grow_pooled"], grow)
+        created = arena.stats()["created_pages"]
+        timed(times["give_back"], shrink, slot, 0)
     left = arena.stats()["created_pages"]
     arena.close()
     return {f"{name}_us": spread(values) for name, values in times.items()} | {
-        "bytes_given_back": (num_pages + 1 - left) * PAGE_BYTES
+        "bytes_given_back": (created - left) * PAGE_BYTES
     }
 
 
@@ -166,9 +166,9 @@ def _time_pair(grow: Callable[[], Any], shrink: Callable[[], Any], repeats: int)
     times: dict[str, list[float]] = {"grow": [], "give_back": []}
     given_back = 0
     for _ in range(repeats):
-        times["grow"].append(host_us(grow))
+        timed(times["grow"], grow)
         held, _ = torch.cuda.mem_get_info()
-        times["give_back"].append(host_us(shrink))
+        timed(times["give_back"], shrink)
         free, _ = torch.cuda.mem_get_info()
         given_back = free - held
     return {f"{name}_us": spread(values) for name, values in times.items()} | {

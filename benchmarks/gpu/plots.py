@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.plots benchmarks/results/gpu_results.json docs/figures
 
-Writes ``gpu-attention.svg``, ``gpu-driver-calls.svg``, ``gpu-commit-jitter.svg``, ``gpu-layout.svg`` and
-``gpu-serving.svg``, each where its section has results; needs ``vmalloc[bench]``. A dry run's results
-are refused: they are no measurements.
+Writes ``gpu-attention.svg``, ``gpu-driver-calls.svg``, ``gpu-commit-jitter.svg``,
+``gpu-layout.svg`` and ``gpu-serving.svg``, each where its section has results; needs
+``vmalloc[bench]``. A dry run's results are refused: they are no measurements.
 
 Owns: nothing.  Thread-safety: none; one thread.
 """

@@ -1,9 +1,10 @@
-"""Makes a bare machine ready: prebuilt wheels unpacked, the extension built where it is imported from.
+"""Makes a bare machine ready: prebuilt wheels unpacked, the extension built where it is imported
+from.
 
 No package is installed and nothing is fetched: wheels of ``.gpu/wheels`` go to ``build/gpu/site``,
-which the orchestrator puts on ``PYTHONPATH``, and CMake builds ``_core`` into the tree. A wheel that
-does not unpack is noted, and its section skips it. In a dry run nothing is built but the stand-in
-libcuda; the extension must be there.
+which the orchestrator puts on ``PYTHONPATH``, and CMake builds ``_core`` into the tree. A wheel
+that does not unpack is noted, and its section skips it. In a dry run nothing is built but the
+stand-in libcuda; the extension must be there.
 
 result: ``wheels`` {file: "ok" or why not}, ``build`` {seconds, library}, ``stand_in`` path.
 

@@ -2,8 +2,8 @@
 
 ``benchmarks/gpu/run.sh`` starts it. Files under ``$OUT`` (default ``benchmarks/results``; in a dry
 run a temporary folder): ``gpu_results.json``, ``gpu_log.txt`` with all that the sections printed,
-``gpu_tests.xml`` with the tests. The exit status is 1 if the build or the tests failed, in a dry run
-if any section did; a section that fails never keeps the next from running.
+``gpu_tests.xml`` with the tests. The exit status is 1 if the build or the tests failed, in a dry
+run if any section did; a section that fails never keeps the next from running.
 
 ``gpu_results.json``::
 
@@ -71,7 +71,9 @@ class Run:
         self._start = time.monotonic()
         self._parts = Path(tempfile.mkdtemp(prefix="vmalloc-gpu-"))
         self._env = dict(os.environ)
-        self._env["PYTHONPATH"] = os.pathsep.join([self._env.get("PYTHONPATH", str(ROOT)), str(SITE)])
+        self._env["PYTHONPATH"] = os.pathsep.join(
+            [self._env.get("PYTHONPATH", str(ROOT)), str(SITE)]
+        )
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu_log.txt").write_bytes(b"")
         self.results: dict[str, Any] = {
@@ -84,7 +86,7 @@ class Run:
         }
 
     def run_all(self, plans: Sequence[SectionPlan]) -> None:
-        """``prepare`` first; then the rest, one at a time, in a dry run as many as there are cores."""
+        """``prepare``, then the rest: one at a time, in a dry run one a core."""
         self._run_one(plans[0])
         if self._dry_run:
             self._use_stand_in()

@@ -44,11 +44,12 @@ def percentiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     }
 
 
-def host_us(call: Call) -> float:
-    """Microseconds that the calling thread spends in ``call``."""
+def timed(times: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, append the microseconds that it took on the host's clock, and return its value."""
     start = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - start) / 1e3
+    value = call(*arguments)
+    times.append((time.perf_counter_ns() - start) / 1e3)
+    return value
 
 
 def compare_us(
@@ -63,7 +64,7 @@ def compare_us(
         times: dict[str, list[float]] = {name: [] for name in names}
         for index in range(rounds):
             for name in names if index % 2 == 0 else reversed(names):
-                times[name].append(host_us(calls[name]))
+                timed(times[name], calls[name])
         return times
     torch.cuda.synchronize()
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}

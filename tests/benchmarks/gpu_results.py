@@ -52,7 +52,13 @@ def made_up_results() -> dict[str, Any]:
         },
         "tests": {
             "suites": {
-                "tests/gpu": {"passed": 3, "failed": 1, "skipped": 0, "seconds": 9.0, "returncode": 1}
+                "tests/gpu": {
+                    "passed": 3,
+                    "failed": 1,
+                    "skipped": 0,
+                    "seconds": 9.0,
+                    "returncode": 1,
+                }
             },
             "failures": [{"suite": "gpu", "test": "test_x", "message": "assert 1 == 2"}],
         },
