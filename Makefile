@@ -32,14 +32,16 @@ format: build
 
 # Sanitizer runs are native (no Python), so they need nothing but a compiler and CMake.
 asan: $(VENV)/.deps
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVMALLOC_PYTHON=OFF -DVMALLOC_NATIVE_TESTS=ON -DVMALLOC_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVMALLOC_PYTHON=OFF -DVMALLOC_NATIVE_TESTS=ON -DVMALLOC_FAKE_CUDA=ON -DVMALLOC_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/asan
 	build/asan/core_stress --rounds $(STRESS_ROUNDS)
+	build/asan/core_stress --rounds $(STRESS_ROUNDS) --cuda build/asan/tests/fakecuda/libcuda.so.1
 
 tsan: $(VENV)/.deps
-	$(BIN)/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVMALLOC_PYTHON=OFF -DVMALLOC_NATIVE_TESTS=ON -DVMALLOC_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DVMALLOC_PYTHON=OFF -DVMALLOC_NATIVE_TESTS=ON -DVMALLOC_FAKE_CUDA=ON -DVMALLOC_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/tsan
 	build/tsan/core_stress --rounds $(STRESS_ROUNDS)
+	build/tsan/core_stress --rounds $(STRESS_ROUNDS) --cuda build/tsan/tests/fakecuda/libcuda.so.1
 
 # The stand-in CUDA driver; the tests build it by themselves when they need it.
 fakecuda: $(VENV)/.deps

@@ -45,6 +45,7 @@ class WorkStream {
   [[nodiscard]] std::optional<Fence> try_record_fence();
   [[nodiscard]] bool fence_passed(Fence fence);
   [[nodiscard]] std::uint64_t num_waits() const { return num_waits_; }
+  [[nodiscard]] std::uint64_t num_enqueued() const { return num_enqueued_; }
 
   /// Destroy the events, as far as the driver still answers.
   void close() noexcept;

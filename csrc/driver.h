@@ -58,6 +58,8 @@ class Driver {
   [[nodiscard]] virtual std::size_t page_bytes() const = 0;
   [[nodiscard]] virtual TensorDevice tensor_device() const = 0;
   [[nodiscard]] virtual bool is_async() const = 0;
+  /// Pieces of work that this driver enqueued so far, mapping new pages included; only ever grows.
+  [[nodiscard]] virtual std::uint64_t num_enqueued() const = 0;
 
   /// Enqueue on `stream` from now on, after whatever was enqueued on the stream before it.
   virtual void use_stream(Stream stream) = 0;

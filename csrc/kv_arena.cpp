@@ -302,8 +302,7 @@ bool KVArena::try_scrub(std::uint32_t slot) {
     SlotPages& mapped = slots_[slot].regions[r];
     const std::size_t num_seen = std::min(mapped.num_exposed, mapped.pages.size());
     if (num_seen == 0) continue;
-    note_enqueued();
-    if (driver_->is_async()) mapped.enqueued_in = epoch_;
+    if (driver_->is_async()) mapped.enqueued_in = note_enqueued();
     if (!driver_->try_zero(regions_[r]->page_address(slot, 0), num_seen * totals_.page_bytes)) {
       return false;
     }
@@ -476,10 +475,13 @@ void KVArena::poll_fences() {
   settle();
 }
 
-/// The driver may have enqueued work just now. Between two steps no fence to come would stand for
-/// it, so it gets a number of its own.
-void KVArena::note_enqueued() {
-  if (driver_->is_async() && closed_ == epoch_) closed_ = ++epoch_;
+/// The driver enqueued work just now; the epoch that it belongs to. Where no fence to come would
+/// stand for it, it gets an epoch of its own. The next poll records the fence, so that the pages
+/// are known to be done with by the time somebody wants them back.
+Epoch KVArena::note_enqueued() {
+  if (closed_ == epoch_ && fenced_ == epoch_) closed_ = ++epoch_;
+  wanted_ = epoch_;
+  return epoch_;
 }
 
 }  // namespace vmalloc

@@ -198,6 +198,7 @@ class KVArena {
     std::size_t num_created = 0;
     bool is_zeroed = false;  ///< another sequence's contents are to be cleared
     bool is_mapped = false;
+    bool is_enqueued = false;  ///< the driver may still be clearing or filling the pages
   };
   using Lock = std::unique_lock<std::mutex>;
   static constexpr std::uint32_t kNoSlot = UINT32_MAX;
@@ -219,7 +220,7 @@ class KVArena {
   enum class Outcome { kDone, kNoPages, kNoMappings };
   [[nodiscard]] Outcome acquire_and_map(std::vector<Growth>& plan);
   [[nodiscard]] Outcome acquire_and_map_one(Growth& growth);
-  [[nodiscard]] bool try_fill(const Growth& growth);
+  [[nodiscard]] bool try_fill(Growth& growth);
   void share_pages(Growth& growth);
   void undo(std::vector<Growth>& plan) noexcept;
   [[nodiscard]] Outcome try_growths(std::vector<Growth>& growths, std::size_t num_pages);
@@ -293,7 +294,7 @@ class KVArena {
   void want_fence(Epoch epoch) noexcept;
   void advance();
   void poll_fences();
-  void note_enqueued();
+  [[nodiscard]] Epoch note_enqueued();
   void note_peak();
   [[nodiscard]] Lock enter() const;
   void check_slot(std::uint32_t slot) const;

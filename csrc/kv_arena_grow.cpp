@@ -74,8 +74,7 @@ KVArena::Outcome KVArena::acquire_and_map(std::vector<Growth>& plan) {
       undo(plan);
       return outcome;
     }
-    // Once all is mapped, because what is enqueued cannot be taken back without waiting for it.
-    for (const Growth& growth : plan) {
+    for (Growth& growth : plan) {
       if (try_fill(growth)) continue;
       undo(plan);
       return Outcome::kNoMappings;
@@ -103,15 +102,19 @@ KVArena::Outcome KVArena::acquire_and_map_one(Growth& growth) {
   std::vector<PageHandle> handles;
   for (const PageId page : growth.pages) handles.push_back(pool_.handle(page));
   const bool is_protected = growth.shared != nullptr && config_.protect_shared;
+  const std::uint64_t num_enqueued = driver_->num_enqueued();
   growth.is_mapped = driver_->try_map(
       regions_[growth.region]->page_address(growth.slot, growth.first), handles.data(),
       handles.size(), is_protected ? Access::kReadOnly : Access::kReadWrite);
+  growth.is_enqueued = driver_->num_enqueued() != num_enqueued;  // by another thread, at worst
   return growth.is_mapped ? Outcome::kDone : Outcome::kNoMappings;
 }
 
 /// Clear what another sequence left, and copy the start that the new pages have in common with one.
-bool KVArena::try_fill(const Growth& growth) {
+bool KVArena::try_fill(Growth& growth) {
+  if (!growth.is_zeroed && growth.copy_from == kNoPage) return true;
   const Address address = regions_[growth.region]->page_address(growth.slot, growth.first);
+  growth.is_enqueued = driver_->is_async();
   if (growth.is_zeroed && !driver_->try_zero(address, growth.num_pages * totals_.page_bytes)) {
     return false;
   }
@@ -134,7 +137,7 @@ void KVArena::undo(std::vector<Growth>& plan) noexcept {
   for (Growth& growth : plan) {
     try {
       if (growth.is_mapped) {
-        if (driver_->is_async()) driver_->wait_enqueued();  // it may be clearing or filling it
+        if (growth.is_enqueued) driver_->wait_enqueued();
         driver_->unmap(regions_[growth.region]->page_address(growth.slot, growth.first),
                        growth.num_pages);
         growth.is_mapped = false;
@@ -151,11 +154,10 @@ void KVArena::undo(std::vector<Growth>& plan) noexcept {
 /// only what the driver would not unmap. The number of pages.
 std::size_t KVArena::publish(const std::vector<Growth>& plan) {
   std::size_t num_pages = 0;
-  note_enqueued();
   for (const Growth& growth : plan) {
     if (!growth.is_mapped) continue;
     SlotPages& mapped = slots_[growth.slot].regions[growth.region];
-    if (driver_->is_async()) mapped.enqueued_in = epoch_;
+    if (growth.is_enqueued) mapped.enqueued_in = note_enqueued();
     for (std::size_t i = mapped.num_held(); i < mapped.pages.size(); ++i) {
       pool_.restore(mapped.pages[i]);
     }

@@ -29,12 +29,15 @@ ROOMS = {
     r"\bdetach\s*\(": set(),
 }
 CORE_IMPORTERS = {
+    "vmalloc/core_setup.py",
     "vmalloc/kv_cache.py",
+    "vmalloc/scratch_slot.py",
     "vmalloc/slot_prefixes.py",
     "vmalloc/slot_views.py",
     "vmalloc/swapped_groups.py",
     "vmalloc/virtual_stats.py",
     "vmalloc/host_info.py",
+    "vmalloc/kernel_info.py",
     "vmalloc/kernels/cpu.py",
 }
 

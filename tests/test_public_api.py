@@ -12,6 +12,7 @@ LIBRARY = [
     "DriverError",
     "InvariantError",
     "KVBackend",
+    "KVBatchBuffers",
     "KVBatchView",
     "KVCacheConfig",
     "KVCacheStats",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .backend import (
         MISS_REASONS,
         KVBackend,
+        KVBatchBuffers,
         KVBatchView,
         KVCacheStats,
         PrefixCacheStats,
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "DriverError": "errors",
     "InvariantError": "errors",
     "KVBackend": "backend",
+    "KVBatchBuffers": "backend",
     "KVBatchView": "backend",
     "KVCacheConfig": "config",
     "KVCacheStats": "backend",
@@ -68,6 +70,7 @@ __all__ = [
     "DriverError",
     "InvariantError",
     "KVBackend",
+    "KVBatchBuffers",
     "KVBatchView",
     "KVCacheConfig",
     "KVCacheStats",

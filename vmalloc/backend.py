@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from .errors import ConfigError
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .config import KVCacheConfig
@@ -83,18 +86,21 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class KVBatchView:
-    """Where a packed batch reads and writes; int32 tensors in flash-attn's words.
+    """Where a packed batch reads and writes; int32 on ``config.device``, in flash-attn's words.
 
     New rows of sequence ``i`` are rows ``[seqused_k[i] - q_len[i], seqused_k[i])`` of its slot,
     with ``q_len[i] = cu_seqlens_q[i + 1] - cu_seqlens_q[i]``. With a block table, row ``j`` of
     sequence ``i`` is row ``j % block_size`` of block ``block_table[i, j // block_size]``.
 
+    Sequences that a batch was padded with have one new row and nothing else. They all write to one
+    scratch slot, or block, that belongs to no sequence.
+
     Attributes:
         cache_batch_idx: ``[batch]`` slot of each sequence; zeros where there is a block table.
         cu_seqlens_q: ``[batch + 1]`` prefix sums of the new tokens.
         seqused_k: ``[batch]`` tokens in the cache once the new ones are written.
-        max_seqlen_q, max_seqlen_k: largest values of the above.
-        block_table: ``[batch, max_blocks]`` for the paged backend, else None.
+        max_seqlen_q, max_seqlen_k: largest values of the above, or what was asked for.
+        block_table: ``[batch, blocks of max_seqlen_k]`` for the paged backend, else None.
     """
 
     cache_batch_idx: Tensor
@@ -103,6 +109,50 @@ class KVBatchView:
     max_seqlen_q: int
     max_seqlen_k: int
     block_table: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVBatchBuffers:
+    """Index tensors that stay where they are, for CUDA graphs: ``batch_view(out=...)`` fills them.
+
+    The tensors of each part start at a fixed address, and a view has their leading entries. A
+    graph depends on the shapes of a view too, so it asks for the same ``pad_to`` and
+    ``max_seqlen_k`` whenever it is replayed. A copy into the buffers is enqueued on torch's current
+    stream; kernels on another stream have to wait for it.
+
+    Attributes:
+        packed: all of them, one int32 tensor.
+        max_batch: most sequences, those that pad the batch included.
+        max_blocks: most blocks of a sequence; 0 without block tables.
+    """
+
+    packed: Tensor
+    max_batch: int
+    max_blocks: int
+
+    @classmethod
+    def allocate(
+        cls, max_batch: int, max_blocks: int = 0, device: str | torch.device = "cpu"
+    ) -> KVBatchBuffers:
+        """Zeroed buffers for so many sequences of so many blocks each."""
+        import torch
+
+        if max_batch < 1:
+            raise ConfigError(f"max_batch is {max_batch}; it must be at least 1")
+        if max_blocks < 0:
+            raise ConfigError(f"max_blocks is {max_blocks}; it must be 0 or more")
+        num_ints = packed_offsets(max_batch)[-1] + max_batch * max_blocks
+        packed = torch.zeros(num_ints, dtype=torch.int32, device=device)
+        return cls(packed, max_batch, max_blocks)
+
+
+def packed_offsets(batch: int) -> tuple[int, int, int, int]:
+    """Where slots, cu_seqlens_q, seqused_k and the block table of ``batch`` sequences start.
+
+    In one int32 tensor, each at a multiple of 16 bytes: Triton compiles for such addresses apart.
+    """
+    size, sums_size = -(-batch // 4) * 4, (batch // 4 + 1) * 4
+    return 0, size, size + sums_size, 2 * size + sums_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +381,12 @@ class KVBackend(Protocol):
     def prefix_stats(self) -> PrefixCacheStats: ...
 
     def begin_step(self, stream: int | None = None) -> Step:
-        """Open a step; ``stream`` is the engine's stream handle on devices that have one."""
+        """Open a step whose kernels the engine enqueues on ``stream``.
+
+        A stream is named by its pointer: ``torch.cuda.Stream.cuda_stream``,
+        ``int(cuda.core.Stream.handle)``, ``int(CUstream)``. None: on a CUDA device torch's current
+        stream, elsewhere there are none.
+        """
         ...
 
     def end_step(self, step: Step) -> None:
@@ -345,8 +400,31 @@ class KVBackend(Protocol):
         """
         ...
 
-    def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
-        """Where a packed batch writes its last ``num_new_tokens[i]`` rows and what it reads."""
+    def batch_view(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: Sequence[int],
+        *,
+        out: KVBatchBuffers | None = None,
+        pad_to: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> KVBatchView:
+        """Where a packed batch writes its last ``num_new_tokens[i]`` rows and what it reads.
+
+        On a CUDA device all of it goes there in one asynchronous copy on torch's current stream.
+
+        Args:
+            out: buffers to write into, so that no address changes; the view has their leading
+                entries. Else every view has tensors of its own.
+            pad_to: fill up to so many sequences with ones of one new row in a scratch slot, or
+                block. It is taken by the first call that asks for it, also by one without any
+                sequence, and kept until ``close``.
+            max_seqlen_k: say so instead of the longest sequence; at least as long.
+
+        Raises:
+            ConfigError: a sequence is not live, or the batch does not fit ``out``, ``pad_to`` or
+                ``max_seqlen_k``; no room is left to take the scratch slot.
+        """
         ...
 
     def stats(self) -> KVCacheStats: ...
@@ -365,7 +443,8 @@ class KVBackend(Protocol):
         Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
         place. Until ``try_wake`` every call but ``stats``,
         ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
-        swap space does not hold the live sequences, or they exceed a cap that was lowered.
+        swap space does not hold the live sequences, or they exceed a cap that was lowered, or the
+        memory cannot go without its addresses (paged on CUDA).
         """
         ...
 

@@ -11,6 +11,7 @@ a block whose size is no multiple of it may leave its edges behind.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -20,12 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .block_pool import Blocks
-from .config import DTYPE_BYTES, KVCacheConfig
+from .block_views import BlockCopy, BlockData, block_views
+from .config import KVCacheConfig
 from .errors import ConfigError
 from .layout import KVLayout
-
-BlockData = list[NDArray[np.uint8]]
-"""Contents of some blocks: per region, ``[blocks, bytes of a block]``."""
+from .torch_block_storage import TorchBlockStorage
 
 _MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
@@ -35,13 +35,21 @@ class BlockStorage(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the driver: ``"host"`` or ``"null"``."""
+        """Where the memory comes from: ``"host"``, ``"torch"`` or ``"null"``."""
+        ...
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether ``discard`` gives memory back; else all of it is taken at start."""
         ...
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]: ...
 
-    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
-        """Copy the first rows of one block, all layers, to another."""
+    def copy_rows(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy the first rows of blocks, all layers, to others.
+
+        No target is a source, or another's target.
+        """
         ...
 
     def clear(self, blocks: Blocks) -> None: ...
@@ -61,11 +69,12 @@ class NullBlockStorage:
     """No memory at all, for simulations."""
 
     name = "null"
+    gives_back = True
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         raise ConfigError("the null driver only counts pages; it has no tensors")
 
-    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+    def copy_rows(self, copies: Sequence[BlockCopy]) -> None:
         """Nothing to copy."""
 
     def clear(self, blocks: Blocks) -> None:
@@ -88,11 +97,11 @@ class HostBlockStorage:
     """Blocks in ordinary memory of this process."""
 
     name = "host"
+    gives_back = True
 
     def __init__(self, config: KVCacheConfig, layout: KVLayout, num_blocks: int) -> None:
         self._config = config
         self._layout = layout
-        self._num_blocks = num_blocks
         self._maps: list[mmap.mmap] = []
         self._regions: BlockData = []
         for row_bytes in layout.row_bytes:
@@ -106,18 +115,14 @@ class HostBlockStorage:
             self._regions.append(np.frombuffer(region, np.uint8).reshape(num_blocks, -1))
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        spec = self._config.layers[layer_idx]
-        place = self._layout.placements[layer_idx]
-        heads = spec.num_kv_heads
-        return (
-            self._view(place.k_region, place.k_offset, spec.dtype, heads, spec.k_head_dim),
-            self._view(place.v_region, place.v_offset, spec.dtype, heads, spec.v_head_dim),
-        )
+        regions = [torch.from_numpy(region) for region in self._regions]
+        return block_views(regions, self._config, self._layout, layer_idx)
 
-    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+    def copy_rows(self, copies: Sequence[BlockCopy]) -> None:
         for region, row_bytes in zip(self._regions, self._layout.row_bytes, strict=True):
-            num_bytes = num_rows * row_bytes
-            region[target, :num_bytes] = region[source, :num_bytes]
+            for source, target, num_rows in copies:
+                num_bytes = num_rows * row_bytes
+                region[target, :num_bytes] = region[source, :num_bytes]
 
     def clear(self, blocks: Blocks) -> None:
         for region in self._regions:
@@ -145,27 +150,13 @@ class HostBlockStorage:
         self._maps.clear()
         self._regions.clear()
 
-    def _view(self, region: int, offset: int, dtype: str, heads: int, head_dim: int) -> Tensor:
-        itemsize = DTYPE_BYTES[dtype]
-        row_bytes = self._layout.row_bytes[region]
-        if offset % itemsize or row_bytes % itemsize:
-            raise ConfigError(
-                f"rows of {row_bytes} bytes with {dtype} at byte {offset} are not aligned to its "
-                f"{itemsize} bytes; keep layers of one dtype together (layers_per_group)"
-            )
-        elements = torch.from_numpy(self._regions[region].reshape(-1)).view(getattr(torch, dtype))
-        row = row_bytes // itemsize
-        return elements.as_strided(
-            (self._num_blocks, self._config.block_size, heads, head_dim),
-            (self._config.block_size * row, row, head_dim, 1),
-            offset // itemsize,
-        )
-
 
 def make_block_storage(config: KVCacheConfig, layout: KVLayout, num_blocks: int) -> BlockStorage:
-    """The storage that ``config.driver`` names; ``"auto"`` is the host's memory."""
-    if config.driver == "null":
+    """The storage for the driver of ``config``; CUDA's memory comes by way of torch."""
+    if config.driver_name == "null":
         return NullBlockStorage()
+    if config.driver_name == "cuda":
+        return TorchBlockStorage(config, layout, num_blocks)
     return HostBlockStorage(config, layout, num_blocks)
 
 

@@ -11,7 +11,8 @@ from math import ceil
 import numpy as np
 
 from .block_pool import BlockPool, Blocks
-from .block_storage import BlockData, BlockStorage
+from .block_storage import BlockStorage
+from .block_views import BlockData
 from .config import KVCacheConfig
 from .errors import ConfigError
 from .prefix_index import PrefixIndex
@@ -32,6 +33,7 @@ class BlockSupply:
         block_bytes: one block, over all regions.
         num_allocated: blocks handed out so far.
         num_discards: times that memory went back to the system.
+        scratch: the block that padded batches write to, held for good once it was taken.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class BlockSupply:
         self.block_bytes = block_bytes
         self.num_allocated = 0
         self.num_discards = 0
+        self.scratch: Blocks = np.zeros(0, np.int32)
         self._config = config
         self._pool = pool
         self._storage = storage
@@ -59,6 +62,11 @@ class BlockSupply:
     @property
     def is_asleep(self) -> bool:
         return self._sleep is not None
+
+    @property
+    def num_created(self) -> int:
+        """Blocks that have memory: all of them, where it cannot be given back."""
+        return self._pool.num_created if self._storage.gives_back else self._pool.num_blocks
 
     @property
     def num_asleep(self) -> int:
@@ -95,8 +103,28 @@ class BlockSupply:
         self.num_allocated += count
         return blocks
 
+    def take_scratch(self) -> int:
+        """The scratch block, taken now if it was not.
+
+        Raises:
+            ConfigError: no block is left for it.
+        """
+        if not len(self.scratch):
+            blocks = self.try_allocate(1)
+            if blocks is None:
+                raise ConfigError(
+                    "no block is left for batches to be padded with; ask for a padded view once "
+                    "before the first sequence is admitted"
+                )
+            self._pool.add_holds(blocks, with_refs=True)
+            self._pool.drop_seq_refs(blocks)
+            self.scratch = blocks
+        return int(self.scratch[0])
+
     def trim(self, keep_free: int) -> int:
         """Give free blocks back to the system until ``keep_free`` are left; the count."""
+        if not self._storage.gives_back:
+            return 0
         gone = self._pool.trim(keep_free)
         if len(gone):
             self._storage.discard(gone, self._pool.has_memory)
@@ -108,8 +136,13 @@ class BlockSupply:
         self.trim(min(max(self._pool.num_unused, 0), self._high))
 
     def sleep(self) -> None:
-        """Move every block in use to host memory and give all memory back."""
-        blocks = np.flatnonzero(self._pool.refs).astype(np.int32)
+        """Move every block in use to host memory and give all memory back.
+
+        Requires: a storage that gives it back.
+        """
+        in_use = self._pool.refs > 0
+        in_use[self.scratch] = False  # what it holds is of no use
+        blocks = np.flatnonzero(in_use).astype(np.int32)
         self._sleep = _SleepImage(blocks, self._storage.read(blocks))
         self._pool.trim(0)
         everything = np.arange(self._pool.num_blocks, dtype=np.int32)

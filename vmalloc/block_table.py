@@ -66,9 +66,9 @@ class BlockTables:
         self.lens[row] = num_tokens
         return dropped
 
-    def gather(self, rows: Rows, max_tokens: int) -> Blocks:
-        """``[len(rows), blocks of max_tokens]`` (at least one) of a batch, as a copy."""
-        table: Blocks = self.ids[rows, : max(self.blocks_for(max_tokens), 1)]
+    def gather(self, rows: Rows, width: int) -> Blocks:
+        """``[len(rows), width]`` block ids of a batch, as a copy."""
+        table: Blocks = self.ids[rows, :width]
         return table
 
     def num_new_blocks(self, old: Lengths, new: Counts) -> Counts:

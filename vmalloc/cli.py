@@ -143,9 +143,10 @@ def generate(
 
 @app.command()
 def info(as_json: options.AsJson = False) -> None:
-    """Show drivers, attention kernels, the backend that auto picks, and this host's limits."""
-    _prepare_process()
-    from .host_info import host_info, host_report
+    """Show drivers, devices, attention kernels, the backend that auto picks, and limits."""
+    _prepare_process(model=None)
+    from .host_info import host_info
+    from .host_report import host_report
 
     facts = host_info()
     if as_json:
@@ -276,7 +277,7 @@ def _gib_to_bytes(num_gib: float | None) -> int | None:
     return None if num_gib is None else int(num_gib * 2**30)
 
 
-def _prepare_process(model: str = "demo") -> None:
+def _prepare_process(model: str | None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # see vmalloc/engine/__init__.py
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

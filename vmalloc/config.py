@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .device import DriverName, check_device, device_index, resolve_driver
 from .errors import ConfigError
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -16,9 +17,8 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 DEFAULT_PAGE_BYTES = 64 * 1024
 """Page size of the host and null drivers: mapping costs about the same for any size, and at 64 KiB
-a page holds few enough tokens that partly filled ones waste little."""
-
-DriverName = Literal["auto", "host", "null"]
+a page holds few enough tokens that partly filled ones waste little. The CUDA driver's default is
+its granularity, 2 MiB on today's devices."""
 
 CommitPolicy = Literal["on_demand", "max_length", "power_of_two", "oracle"]
 """How much is backed when a sequence is admitted. ``on_demand`` backs its rows and grows; the
@@ -79,11 +79,15 @@ class KVCacheConfig:
         layers: one spec per layer, in layer order.
         max_num_seqs: most sequences that are live at once.
         max_seq_len: most tokens of one sequence.
-        capacity_bytes: hard cap on physical memory. Nothing is taken at start.
-        driver: where physical pages come from. ``"auto"`` takes the best driver present;
-            ``"null"`` counts pages and holds no memory (for simulations).
+        capacity_bytes: hard cap on physical memory. Nothing is taken at start, but for the paged
+            backend on CUDA, which takes all of it.
+        device: where the tensors live: ``"cpu"``, ``"cuda"`` (which is ``"cuda:0"``) or
+            ``"cuda:N"``.
+        driver: where physical pages come from. ``"auto"``: the host's memory on ``"cpu"``, CUDA's
+            on ``"cuda"``; ``"null"`` counts pages and holds no memory (for simulations).
+            ``"cuda"`` on device ``"cpu"`` is for tests over a stand-in for the CUDA driver.
         page_bytes: physical unit; a multiple of the driver's granularity. None: its default
-            (64 KiB on the host driver).
+            (64 KiB on the host driver, the granularity on the CUDA driver).
         layers_per_group: layers whose K and V of one token stand together in one row; 1 gives a
             buffer per layer, ``len(layers)`` one buffer for all. None: all layers.
         kv_split: keep K and V of a group in two address ranges instead of one.
@@ -109,6 +113,7 @@ class KVCacheConfig:
     max_num_seqs: int
     max_seq_len: int
     capacity_bytes: int
+    device: str = "cpu"
     driver: DriverName = "auto"
     page_bytes: int | None = None
     layers_per_group: int | None = None
@@ -140,8 +145,7 @@ class KVCacheConfig:
                 f"commit_policy is {self.commit_policy!r}; supported: "
                 f"{', '.join(get_args(CommitPolicy))}"
             )
-        if self.driver not in ("auto", "host", "null"):
-            raise ConfigError(f"driver is {self.driver!r}; supported: auto, host, null")
+        check_device(self.device, self.driver)
         if self.page_bytes is not None:
             _check("page_bytes", self.page_bytes, lambda n: n >= 1, "at least 1")
         if self.layers_per_group is not None:
@@ -172,6 +176,16 @@ class KVCacheConfig:
     def token_bytes(self) -> int:
         """Bytes that one token stores over all layers."""
         return sum(layer.token_bytes for layer in self.layers)
+
+    @property
+    def driver_name(self) -> str:
+        """``driver``, with ``"auto"`` resolved: ``"host"``, ``"cuda"`` or ``"null"``."""
+        return resolve_driver(self.device, self.driver)
+
+    @property
+    def device_idx(self) -> int:
+        """Number of the CUDA device; 0 on ``"cpu"``."""
+        return device_index(self.device)
 
 
 def _check(name: str, value: int, is_valid: Callable[[int], bool], rule: str) -> None:

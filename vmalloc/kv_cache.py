@@ -7,18 +7,18 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from math import ceil
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-import torch
 from torch import Tensor
 
 from . import _core
 from .backend import (
+    KVBatchBuffers,
     KVBatchView,
     KVCacheStats,
     PrefixCacheStats,
@@ -27,11 +27,15 @@ from .backend import (
     SequenceGroupSpec,
     Step,
 )
-from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
+from .batch_views import Batch, BatchViews
+from .config import KVCacheConfig
+from .core_setup import high_pages, low_pages, make_arena, make_driver
+from .device import current_stream, tensor_device
 from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
+from .scratch_slot import ScratchSlot
 from .slot_prefixes import FoundPrefix, SlotPrefixes
 from .slot_views import SlotViews
 from .swapped_groups import SwappedGroup, SwappedGroups
@@ -64,23 +68,8 @@ class VirtualKVCache:
         self._driver = driver or make_driver(config)
         page_bytes = self._driver.page_bytes
         self._layout = plan_layout(config, page_bytes)
-        self._max_pages = max_pages = config.capacity_bytes // page_bytes
-        self._core_arena = _core.KVArena(
-            self._driver,
-            layers=[_core_spec(layer) for layer in config.layers],
-            layers_per_group=config.layers_per_group or len(config.layers),
-            kv_split=config.kv_split,
-            num_slots=self._layout.num_slots,
-            max_rows=config.max_seq_len,
-            max_pages=max_pages,
-            low_pages=_low_pages(config, max_pages),
-            high_pages=_high_pages(config, max_pages),
-            ahead_rows=config.commit_ahead_tokens,
-            lookahead_rows=config.lookahead_tokens,
-            zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
-            swap_bytes=config.swap_bytes,
-            protect_shared=config.protect_shared,
-        )
+        self._max_pages = config.capacity_bytes // page_bytes
+        self._core_arena = make_arena(config, self._driver, self._layout)
         self._slot_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
         # Sequences whose next row may lie in a shared page: only a truncate leads there.
@@ -91,6 +80,9 @@ class VirtualKVCache:
         self._is_asleep = False
         self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
+        self._tensor_device = tensor_device(config.device)
+        self._batches = BatchViews(self._tensor_device, config.max_seq_len)
+        self._scratch = ScratchSlot(self._core_arena, config, self._layout)
 
     @property
     def config(self) -> KVCacheConfig:
@@ -103,11 +95,13 @@ class VirtualKVCache:
 
     @property
     def driver_name(self) -> str:
-        """``"host"`` or ``"null"``."""
+        """``"host"``, ``"cuda"`` or ``"null"``."""
         return self._driver.name
 
     def max_seq_tokens(self) -> int:
-        return self._arena.max_slot_rows()
+        most = self._arena.max_slot_rows()
+        num_pages = self._max_pages - self._scratch.num_pages
+        return most if self._scratch.slot is None else self._rows_within(num_pages, most)
 
     def bytes_for(self, num_tokens: int) -> int:
         config = self._config
@@ -115,8 +109,10 @@ class VirtualKVCache:
         return self._layout.pages_for(backed) * self._layout.page_bytes
 
     def can_admit(self, num_tokens: int, num_seqs: int = 1) -> bool:
-        num_live = len(self._slot_of) + num_seqs
-        return num_live <= self._config.max_num_seqs and self._arena.can_admit(num_seqs, num_tokens)
+        if len(self._slot_of) + num_seqs > self._config.max_num_seqs:
+            return False
+        with self._admitting():
+            return self._arena.can_admit(num_seqs, num_tokens)
 
     def prefetch(self, num_tokens: int) -> None:
         self._arena.prefetch(num_tokens)
@@ -137,7 +133,8 @@ class VirtualKVCache:
                 f"the hit was looked up under salt {hit.salt!r}; the group's is "
                 f"{group.cache_salt!r}"
             )
-        found, slots = self._try_starts(group, hit)
+        with self._admitting():
+            found, slots = self._try_starts(group, hit)
         if slots is None:
             return None
         for seq_id, slot in zip(group.seq_ids, slots, strict=True):
@@ -328,7 +325,9 @@ class VirtualKVCache:
         return self._prefixes.index.stats()
 
     def begin_step(self, stream: int | None = None) -> Step:
-        return Step(epoch=self._arena.begin_step(stream or 0), stream=stream or 0)
+        if stream is None:
+            stream = current_stream(self._tensor_device)
+        return Step(epoch=self._arena.begin_step(stream), stream=stream)
 
     def end_step(self, step: Step) -> None:
         self._arena.end_step(step.epoch)
@@ -348,18 +347,24 @@ class VirtualKVCache:
             raise ConfigError("the null driver only counts pages; it has no tensors")
         return self._views.of_layer(layer_idx)
 
-    def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
+    def batch_view(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: Sequence[int],
+        *,
+        out: KVBatchBuffers | None = None,
+        pad_to: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> KVBatchView:
+        self._check_awake()
         slots = self._slots(seq_ids)
         lens = [self._len_of[seq_id] for seq_id in seq_ids]
-        cu_seqlens = [0]
-        for count in num_new_tokens:
-            cu_seqlens.append(cu_seqlens[-1] + count)
-        return KVBatchView(
-            cache_batch_idx=torch.tensor(slots, dtype=torch.int32),
-            cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32),
-            seqused_k=torch.tensor(lens, dtype=torch.int32),
-            max_seqlen_q=max(num_new_tokens, default=0),
-            max_seqlen_k=max(lens, default=0),
+        return self._batches.make(
+            Batch(lens, num_new_tokens, slots),
+            take_scratch=partial(self._scratch.take, self._evicting),
+            out=out,
+            pad_to=pad_to,
+            max_seqlen_k=max_seqlen_k,
         )
 
     def seq_len(self, seq_id: int) -> int:
@@ -380,7 +385,8 @@ class VirtualKVCache:
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:
-        return virtual_stats(self._core_arena.stats(), self._peak_seqs)
+        """See ``KVCacheStats``. The slot to pad with has committed pages, but is no sequence."""
+        return virtual_stats(self._core_arena.stats(), len(self._slot_of), self._peak_seqs)
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
@@ -388,7 +394,7 @@ class VirtualKVCache:
     def resize(self, capacity_bytes: int) -> None:
         max_pages = capacity_bytes // self._layout.page_bytes
         self._arena.resize(
-            max_pages, _low_pages(self._config, max_pages), _high_pages(self._config, max_pages)
+            max_pages, low_pages(self._config, max_pages), high_pages(self._config, max_pages)
         )
         self._max_pages = max_pages
         raw = self._arena.stats()
@@ -401,7 +407,8 @@ class VirtualKVCache:
         raw = self._arena.stats()
         if raw["committed_pages"] > raw["max_pages"]:
             return False  # after a resize to less: they could not come back
-        num_bytes = self._arena.num_copies_to_sleep() * raw["page_bytes"]
+        num_copies = self._arena.num_copies_to_sleep() - self._scratch.num_pages
+        num_bytes = num_copies * raw["page_bytes"]
         if num_bytes > self._config.swap_bytes - raw["swapped_bytes"]:
             return False
         if live:
@@ -409,6 +416,7 @@ class VirtualKVCache:
             if self._sleeping is None:
                 return False
         self._is_asleep = True  # whatever the driver throws from here on, waking undoes it
+        self._scratch.give_up()
         self._core_arena.swap_out_held()
         self._prefixes.index.flush()
         self._core_arena.trim(0)
@@ -421,6 +429,8 @@ class VirtualKVCache:
         if self._sleeping is not None and not self._swap_in(self._sleeping):
             return False
         self._sleeping = None
+        if not self._scratch.try_return(self._evicting):
+            return False
         self._is_asleep = False
         return True
 
@@ -470,6 +480,14 @@ class VirtualKVCache:
                 f"seq_id {seq_id} is not live; {len(self._slot_of)} sequences are"
             ) from None
 
+    def _admitting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._slot_of else self._scratch.alone(self._max_pages)
+
+    def _rows_within(self, num_pages: int, most: int) -> int:
+        """Rows, at most ``most``, that one sequence can have in ``num_pages``."""
+        most_bytes = num_pages * self._layout.page_bytes
+        return bisect_right(range(1, most + 1), most_bytes, key=self.bytes_for)
+
     def _check_new(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
             if seq_id in self._len_of:
@@ -518,43 +536,13 @@ class VirtualKVCache:
         num_ahead = len(self._slot_of) * (config.commit_ahead_tokens + 1) * config.token_bytes
         max_pages = self._max_pages
         wanted = (
-            _low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
+            low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
         )
         lacking = min(wanted, max_pages // 2) - self._arena.available_pages()
         if lacking > 0:
             self._prefixes.index.evict(lacking)
 
 
-def make_driver(config: KVCacheConfig) -> _core.Driver:
-    """The driver that ``config`` names; ``"auto"`` is the host driver where there is no GPU."""
-    page_bytes = config.page_bytes or DEFAULT_PAGE_BYTES
-    if config.driver == "null":
-        return _core.make_null_driver(page_bytes)
-    return _core.make_host_driver(page_bytes)
-
-
-def _core_spec(layer: LayerKVSpec) -> _core.LayerKVSpec:
-    return _core.LayerKVSpec(
-        num_kv_heads=layer.num_kv_heads,
-        k_head_dim=layer.k_head_dim,
-        v_head_dim=layer.v_head_dim,
-        element_bytes=DTYPE_BYTES[layer.dtype],
-    )
-
-
-def _low_pages(config: KVCacheConfig, max_pages: int) -> int:
-    return int(max_pages * config.low_watermark)
-
-
-def _high_pages(config: KVCacheConfig, max_pages: int) -> int:
-    return ceil(max_pages * config.high_watermark)
-
-
 def _check_num_tokens(num_tokens: int) -> None:
     if num_tokens < 0:
         raise ConfigError(f"num_tokens is {num_tokens}; it must be 0 or more")
-
-
-def _mixes_dtypes(config: KVCacheConfig) -> bool:
-    # Bits of one type read as another may be NaN, which a masked row must never hold.
-    return len({layer.dtype for layer in config.layers}) > 1

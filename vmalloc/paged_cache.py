@@ -10,14 +10,14 @@ kernels that may still read them. So there are no retired pages, and steps are o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import NoReturn
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .backend import (
+    KVBatchBuffers,
     KVBatchView,
     KVCacheStats,
     PrefixCacheStats,
@@ -26,11 +26,13 @@ from .backend import (
     SequenceGroupSpec,
     Step,
 )
+from .batch_views import Batch, BatchViews
 from .block_pool import BlockPool
 from .block_storage import make_block_storage
 from .block_supply import BlockSupply
 from .block_table import BlockTables
 from .config import KVCacheConfig
+from .device import current_stream, tensor_device
 from .errors import ClosedError, ConfigError
 from .layout import plan_layout
 from .paged_checks import check_books
@@ -46,9 +48,13 @@ class PagedKVCache:
     A page, in statistics and byte counts, is a block over all regions. Kernels are exact to the
     row, so ``lookahead_tokens`` backs nothing here; nor is there a worker or a parked slot.
 
-    Memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if that is
-    more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it back, but
-    for system pages that a free block shares with a used one (see ``block_storage``).
+    On the host, memory is reserved for the cap, or for ``max_num_seqs`` sequences of full length if
+    that is more, and taken as blocks are used. ``trim``, ``try_sleep`` and a lowered cap give it
+    back, but for system pages that a free block shares with a used one (see ``block_storage``).
+
+    On CUDA the cap is taken at start as torch tensors, and nothing goes back: ``trim`` gives back
+    0 pages, ``try_sleep`` is False, ``resize`` moves the cap below the one at start, and all
+    blocks count as created.
 
     Example:
         >>> layer = LayerKVSpec(num_kv_heads=2, k_head_dim=64, v_head_dim=64)
@@ -73,7 +79,9 @@ class PagedKVCache:
         layout = plan_layout(config, page_bytes=1)
         block_bytes = config.block_size * layout.token_bytes
         blocks_per_seq = -(-config.max_seq_len // config.block_size)
-        num_blocks = max(config.capacity_bytes // block_bytes, config.max_num_seqs * blocks_per_seq)
+        num_blocks = config.capacity_bytes // block_bytes
+        if config.driver_name != "cuda":  # whose memory is all taken at start
+            num_blocks = max(num_blocks, config.max_num_seqs * blocks_per_seq)
         self._config = config
         self._pool = BlockPool(num_blocks)
         self._storage = make_block_storage(config, layout, num_blocks)
@@ -87,6 +95,8 @@ class PagedKVCache:
         self._seqs = PagedSequences(
             self._pool, self._storage, self._supply, self._tables, self._prefixes, self._swap
         )
+        self._tensor_device = tensor_device(config.device)
+        self._batches = BatchViews(self._tensor_device, config.max_seq_len)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_closed = False
         self._epoch = 0
@@ -99,12 +109,13 @@ class PagedKVCache:
 
     @property
     def driver_name(self) -> str:
-        """``"host"`` or ``"null"``."""
+        """``"host"``, ``"torch"`` or ``"null"``."""
         return self._storage.name
 
     def max_seq_tokens(self) -> int:
         self._check_usable()
-        return min(self._config.max_seq_len, self._pool.capacity * self._config.block_size)
+        num_blocks = self._pool.capacity - len(self._supply.scratch)
+        return min(self._config.max_seq_len, num_blocks * self._config.block_size)
 
     def bytes_for(self, num_tokens: int) -> int:
         return self._tables.blocks_for(num_tokens) * self._supply.block_bytes
@@ -216,7 +227,9 @@ class PagedKVCache:
             raise ConfigError(f"step {self._epoch} is still open; end it first")
         self._epoch += 1
         self._is_step_open = True
-        return Step(epoch=self._epoch, stream=stream or 0)
+        if stream is None:
+            stream = current_stream(self._tensor_device)
+        return Step(epoch=self._epoch, stream=stream)
 
     def end_step(self, step: Step) -> None:
         self._check_usable()
@@ -243,20 +256,28 @@ class PagedKVCache:
             views = self._views[layer_idx] = self._storage.layer_views(layer_idx)
         return views
 
-    def batch_view(self, seq_ids: Sequence[int], num_new_tokens: Sequence[int]) -> KVBatchView:
+    def batch_view(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: Sequence[int],
+        *,
+        out: KVBatchBuffers | None = None,
+        pad_to: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> KVBatchView:
         self._check_usable()
         rows = self._seqs.rows(seq_ids)
-        lens = self._tables.lens[rows]
-        cu_seqlens = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(num_new_tokens, out=cu_seqlens[1:])
-        max_tokens = int(lens.max(initial=0))
-        return KVBatchView(
-            cache_batch_idx=torch.zeros(len(rows), dtype=torch.int32),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens),
-            seqused_k=torch.from_numpy(lens),
-            max_seqlen_q=max(num_new_tokens, default=0),
-            max_seqlen_k=max_tokens,
-            block_table=torch.from_numpy(self._tables.gather(rows, max_tokens)),
+        return self._batches.make(
+            Batch(
+                self._tables.lens[rows],
+                num_new_tokens,
+                table=partial(self._tables.gather, rows),
+                block_size=self._config.block_size,
+            ),
+            take_scratch=self._supply.take_scratch,
+            out=out,
+            pad_to=pad_to,
+            max_seqlen_k=max_seqlen_k,
         )
 
     def seq_len(self, seq_id: int) -> int:
@@ -295,7 +316,9 @@ class PagedKVCache:
 
     def try_sleep(self) -> bool:
         self._check_usable()
-        if self._pool.num_committed > self._swap.room:
+        if not self._storage.gives_back:
+            return False
+        if self._pool.num_committed - len(self._supply.scratch) > self._swap.room:
             return False
         self._index.flush()
         self._supply.sleep()
@@ -318,6 +341,7 @@ class PagedKVCache:
             self._index,
             self._swap,
             self._seqs.num_tokens,
+            self._supply.scratch,
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .block_pool import BlockPool
+from .block_pool import BlockPool, Blocks
 from .block_table import BlockTables
 from .errors import InvariantError
 from .paged_swap import SwapSpace
@@ -23,8 +23,9 @@ def check_books(
     index: PrefixIndex,
     swap: SwapSpace,
     num_tokens: int,
+    scratch: Blocks,
 ) -> None:
-    """Compare every count with the tables of ``rows``, the index and the swapped groups.
+    """Compare every count with the tables of ``rows``, the index, swapped groups and ``scratch``.
 
     Raises:
         InvariantError: naming the count that differs.
@@ -38,6 +39,8 @@ def check_books(
     for node in index.nodes():
         others[list(node.pages)] += 1
         holds[list(node.pages)] += node.num_pins > 0
+    others[scratch] += 1
+    holds[scratch] += 1
     groups = swap.distinct_groups()
     for group in groups:
         others[group.kept] += 1

@@ -5,7 +5,7 @@ Owns: seq_id -> row of the block tables.  Thread-safety: none; one engine thread
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from .block_pool import BlockPool, Blocks
 from .block_storage import BlockStorage
 from .block_supply import BlockSupply
 from .block_table import BlockTables, Counts, Lengths, Rows
+from .block_views import BlockCopy
 from .errors import ConfigError
 from .paged_prefix import PrefixPlace, SequencePrefixes, path_blocks
 from .paged_swap import SwappedGroup, SwapSpace
@@ -132,8 +133,8 @@ class PagedSequences:
             blocks = self._supply.try_allocate(num_grown + len(copies))
             if blocks is None:
                 return False
-            for i, block in zip(copies, blocks[num_grown:], strict=True):
-                self._copy_last_block(int(rows[i]), int(old[i]), block)
+            if copies:
+                self._copy_last_blocks(rows[copies], old[copies], blocks[num_grown:])
             self.tables.append(rows, num_new, blocks[:num_grown])
         self.tables.lens[rows] = new
         self.num_tokens += int(new.sum()) - int(old.sum())
@@ -267,11 +268,10 @@ class PagedSequences:
         assert blocks is not None  # there was room
         own_blocks = blocks.reshape(count, num_own)
         for seq_id, place, own in zip(group.seq_ids, places, own_blocks, strict=True):
-            if tail is not None:
-                self._storage.copy_rows(tail[0].pages[0], int(own[0]), tail[1])
-                self.num_copies += 1
             self._enter(seq_id, np.concatenate([shared, own]), group.num_tokens, place)
         if tail is not None:
+            source, num_rows = tail[0].pages[0], tail[1]
+            self._copy((source, int(own[0]), num_rows) for own in own_blocks)
             self._prefixes.index.unlock(tail[0])
         self.num_aliased += count * len(shared)
         return len(shared) * self.tables.block_size + (0 if tail is None else tail[1])
@@ -305,13 +305,19 @@ class PagedSequences:
                 copies.append(i)
         return copies
 
-    def _copy_last_block(self, row: int, length: int, target: np.int32) -> None:
-        column, num_rows = divmod(length, self.tables.block_size)
-        source = self.tables.ids[row, column]
-        self._storage.copy_rows(int(source), int(target), num_rows)
-        self.tables.ids[row, column] = target
-        self._pool.drop_seq_refs(np.array([source], np.int32))
-        self.num_copies += 1
+    def _copy_last_blocks(self, rows: Rows, lens: Lengths, targets: Blocks) -> None:
+        """Give sequences a last block of their own, with the rows that they have in it."""
+        columns, num_rows = np.divmod(lens, self.tables.block_size)
+        sources = self.tables.ids[rows, columns]
+        self._copy(zip(sources.tolist(), targets.tolist(), num_rows.tolist(), strict=True))
+        self.tables.ids[rows, columns] = targets
+        for source in sources:  # which may be the last block of several
+            self._pool.drop_seq_refs(np.array([source], np.int32))
+
+    def _copy(self, copies: Iterable[BlockCopy]) -> None:
+        batch = list(copies)
+        self._storage.copy_rows(batch)
+        self.num_copies += len(batch)
 
     def _swapped_group(self, seq_ids: Sequence[int]) -> SwappedGroup:
         for seq_id in seq_ids:

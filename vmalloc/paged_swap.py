@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .block_pool import BlockPool, Blocks
-from .block_storage import BlockData, BlockStorage
+from .block_storage import BlockStorage
+from .block_views import BlockData
 from .paged_prefix import PrefixPlace
 
 _COPIED = -1

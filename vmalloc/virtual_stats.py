@@ -9,7 +9,7 @@ from . import _core
 from .backend import KVCacheStats
 
 
-def virtual_stats(raw: _core.ArenaStats, peak_live_seqs: int) -> KVCacheStats:
+def virtual_stats(raw: _core.ArenaStats, num_live_seqs: int, peak_live_seqs: int) -> KVCacheStats:
     """``KVArena.stats()`` as ``KVCacheStats``: pages become bytes."""
     page = raw["page_bytes"]
     return KVCacheStats(
@@ -30,7 +30,7 @@ def virtual_stats(raw: _core.ArenaStats, peak_live_seqs: int) -> KVCacheStats:
         swapped_bytes=raw["swapped_bytes"],
         peak_committed_bytes=raw["peak_committed_pages"] * page,
         peak_live_bytes=raw["peak_live_bytes"],
-        num_live_seqs=raw["num_live"],
+        num_live_seqs=num_live_seqs,
         peak_live_seqs=peak_live_seqs,
         map_calls=raw["map_calls"],
         unmap_calls=raw["unmap_calls"],

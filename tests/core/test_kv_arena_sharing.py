@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.arenas import PAGE, ROW, admit, extend, free, make_arena, pages
-from tests.drivers import make_driver
+from tests.arenas import ROW, admit, extend, free, make_arena, pages
+from tests.drivers import PAGE, make_driver
 from vmalloc import ConfigError, DriverError, _core
 
 pytestmark = pytest.mark.usefixtures("each_driver")
@@ -106,7 +106,8 @@ class TestFork:
         assert arena.try_fork(parent, 1, 20) is None  # no page for the tail
         assert arena.last_shortage() == 1
         arena.check_invariants()
-        assert {**arena.stats(), "stall_us": 0} == {**before, "stall_us": 0}
+        marked = {"stall_us": 0, "access_calls": 0}  # the parent's pages may be read-only by now
+        assert {**arena.stats(), **marked} == {**before, **marked}
         free(arena, other, third, fourth)
         assert arena.try_fork(parent, 8, 16) is None  # no slot for the eighth
         assert arena.last_shortage() == 0
@@ -543,6 +544,7 @@ def test_what_is_ahead_is_taken_before_anybody_waits_for_a_fence():
     c = admit(arena, 16)  # the last two pages
     arena.wait_worker()
     assert pages(arena) == (4, 4, 0, 0, 0)
+    arena.end_step(arena.begin_step())  # whoever cleared the pages is done
     driver.hold_fences(True)
     arena.end_step(arena.begin_step())
     ids = arena.page_ids(c, [0, 0], [0, 1])

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.arenas import PAGE, admit, extend, free, make_arena, pages
+from tests.arenas import admit, extend, free, make_arena, pages
 from tests.core.test_kv_arena import _tensor
-from tests.drivers import make_driver
+from tests.drivers import PAGE, make_driver
 from vmalloc import (
     ConfigError,
     KVCacheConfig,
@@ -42,7 +42,12 @@ def make_cache(**settings):
 def run(script):
     """In a process of its own: what is wrong may end it."""
     return subprocess.run(
-        [sys.executable, "-c", "from tests.arenas import *\nfrom vmalloc import _core\n" + script],
+        [
+            sys.executable,
+            "-c",
+            "from tests.arenas import *\nfrom tests.drivers import *\nfrom vmalloc import _core\n"
+            + script,
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -48,19 +48,22 @@ def library_path() -> str:
         return given
     build = _ROOT / "build" / "fakecuda"
     library = build / "libcuda.so.1"
-    if not _is_fresh(library):
+    if not _is_fresh(build):
         build.mkdir(parents=True, exist_ok=True)
         with (build / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_fresh(library):  # another process may have built it while we waited
+            if not _is_fresh(build):  # another process may have built it while we waited
                 _build(build)
     return str(library)
 
 
-def _is_fresh(library: Path) -> bool:
+def _is_fresh(build: Path) -> bool:
+    """The stamp is written after the library is whole, so nobody loads half of one."""
     sources = [*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"), _SOURCES / "CMakeLists.txt"]
     with suppress(FileNotFoundError):
-        return library.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
+        return (build / ".built").stat().st_mtime >= max(
+            source.stat().st_mtime for source in sources
+        )
     return False
 
 
@@ -76,7 +79,7 @@ def _build(build: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    os.utime(build / "libcuda.so.1")  # an older object that was still good is fresh now
+    (build / ".built").touch()
 
 
 def _find_tool(name: str) -> str | None:

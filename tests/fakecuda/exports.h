@@ -28,8 +28,9 @@
 // 10. Streams are lazy: nothing runs before somebody waits for it (synchronize calls, synchronous
 //     copies, fakecuda_run_stream). Copies check at the call that device ranges are mapped (1).
 //     When an operation runs, its ranges must be mapped and accessible at that moment; if not,
-//     700, and that or any later call returns 700 until fakecuda_reset. Doc for 700: "leaves the
-//     process in an inconsistent state". Stream 0 and 1 are the legacy stream: it runs after and
+//     700, and that or any later call returns 700 until fakecuda_reset ("leaves the process in an
+//     inconsistent state", doc), except device queries, names and a thread's current context.
+//     Stream 0 and 1 are the legacy stream: it runs after and
 //     before the work of every stream made without CU_STREAM_NON_BLOCKING, in call order. Stream 2
 //     (per thread) is the same as 0 here.
 // 11. The CPU sees what the device sees: reading a range with no access is a SIGSEGV.
@@ -138,14 +139,14 @@ CUresult cuEventSynchronize(CUevent event);
 
 // Controls of the stand-in.
 int fakecuda_version(void);
-void fakecuda_reset(void);           // everything gone; modes, counters, faults as at load
+void fakecuda_reset(void);           // as at load, but cuInit stays done
 int fakecuda_ctl(const char* text);  // 0, or -1 if the text is not understood (nothing done)
 std::uint64_t fakecuda_calls(const char* name);  // by base name: "cuMemGetInfo"
 std::uint64_t fakecuda_total_calls(void);
 int fakecuda_call_names(char* buffer, std::size_t bytes);  // "a,b,c"; returns the length needed
 std::uint64_t fakecuda_used_bytes(void);
-std::uint64_t fakecuda_leaks(
-    void);  // handles, mappings, reservations, events, streams, host memory
+// Handles, mappings, reservations, events, streams and host allocations that are still there.
+std::uint64_t fakecuda_leaks(void);
 std::uint64_t fakecuda_pending(CUstream stream);  // operations enqueued and not yet run
 CUresult fakecuda_touch(CUstream stream, CUdeviceptr address, std::size_t bytes, int is_write);
 CUresult fakecuda_run_stream(CUstream stream);

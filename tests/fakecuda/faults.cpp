@@ -33,7 +33,8 @@ bool try_parse_pair(const std::string& text, std::string* key, std::uint64_t* va
 bool try_parse_fault(const std::string& text, Fault* fault) {
   bool has_fail = false;
   fault->count = 1;
-  for (const std::string& part : split(text, ',')) {
+  const auto parts = split(text, ',');
+  for (const std::string& part : parts) {
     std::string key;
     std::uint64_t value = 0;
     if (!try_parse_pair(part, &key, &value)) return false;
@@ -51,7 +52,7 @@ bool try_parse_fault(const std::string& text, Fault* fault) {
     }
   }
   if (!has_fail) fault->count = 0;
-  return true;
+  return !parts.empty();
 }
 
 }  // namespace

@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vmalloc.backend import KVBatchView
+from vmalloc.kernels.attention_call import AttentionCall
+from vmalloc.kernels.contiguous.triton_rows import launch_decode_rows
 from vmalloc.kernels.triton_append import launch_append
 from vmalloc.kernels.triton_copy import launch_copy
 from vmalloc.kernels.triton_decode import launch_decode
@@ -63,7 +65,7 @@ def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: A
             signature[parameter.name], constants[(index,)] = "constexpr", 1
             continue
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
         if address % 16 == 0 and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -77,22 +79,31 @@ def int32(values: list[int]) -> Tensor:
 def launch_attention(
     dtype: torch.dtype, dim: int, group: int, block_size: int, all_features: bool
 ) -> None:
-    """Append, decode and prefill as a model of this shape launches them."""
+    """Append, decode and prefill as a model of this shape launches them.
+
+    ``block_size`` 0: over slots, so far apart that their stride exceeds 32 bits.
+    """
     num_kv_heads = 2
     rows = torch.zeros(4, 2 * num_kv_heads * dim, dtype=dtype).unflatten(1, (2, num_kv_heads, dim))
-    caches = torch.zeros(2, block_size, 4, num_kv_heads, dim, dtype=dtype)  # two layers' K and V
+    # Two layers' K and V; on meta, where a tensor has strides and no memory.
+    block_rows = block_size or -(-(2**32) // (4 * num_kv_heads * dim)) // 16 * 16
+    caches = torch.empty(2, block_rows, 4, num_kv_heads, dim, dtype=dtype, device="meta")
     k_cache, v_cache = caches[:, :, 2], caches[:, :, 3]
     query = torch.zeros(4, num_kv_heads * group, dim, dtype=dtype)
-    table = torch.zeros(1, 64, dtype=torch.int32)
-    settings: dict[str, Any] = {"softmax_scale": 0.1, "window_left": -1, "softcap": 0.0}
-    settings["sinks"] = None
+    table = torch.zeros(1, 64, dtype=torch.int32) if block_size else None
+    settings: tuple[float, int, float, Tensor | None] = (0.1, -1, 0.0, None)
     if all_features:
-        settings |= {"window_left": 300, "softcap": 30.0, "sinks": torch.zeros(query.shape[1])}
+        settings = (0.1, 300, 30.0, torch.zeros(query.shape[1]))
     for num_new in (1, 4):
         view = KVBatchView(int32([0]), int32([0, num_new]), int32([9]), num_new, 1024, table)
         launch_append(rows[:, 0], rows[:, 1], k_cache, v_cache, view)
         launch = launch_decode if num_new == 1 else launch_prefill
-        launch(query, k_cache, v_cache, view, query.clone(), **settings)
+        launch(AttentionCall(query, k_cache, v_cache, view, *settings, None), query.clone())
+
+
+def launch_rows() -> None:
+    view = KVBatchView(int32([0]), int32([0, 1]), int32([9]), 1, 1024)
+    launch_decode_rows(int32([0] * 8).view(4, 2), view, 2048)
 
 
 def launch_copies() -> None:
@@ -117,7 +128,7 @@ def registers(cubin: bytes) -> str:
 
 
 def variants() -> Iterator[tuple[torch.dtype, int, int, int, bool]]:
-    """Dtype, head_dim, query heads per KV head, block size, and whether all features are on."""
+    """Dtype, head_dim, query heads per KV head, block size or 0, whether all features are on."""
     yield torch.bfloat16, 128, 4, 16, False
     yield torch.bfloat16, 80, 7, 16, True
     yield torch.float16, 64, 1, 32, True
@@ -125,6 +136,10 @@ def variants() -> Iterator[tuple[torch.dtype, int, int, int, bool]]:
     yield torch.float32, 40, 1, 5, True
     yield torch.bfloat16, 256, 8, 16, False
     yield torch.float32, 256, 1, 16, True
+    yield torch.bfloat16, 128, 4, 0, False
+    yield torch.float16, 80, 7, 0, True
+    yield torch.float32, 40, 1, 0, True
+    yield torch.bfloat16, 256, 8, 0, False
 
 
 def main() -> None:
@@ -132,6 +147,7 @@ def main() -> None:
     for variant in itertools.islice(variants(), int(os.environ.get("VARIANTS", "99"))):
         launch_attention(*variant)
     launch_copies()
+    launch_rows()
     for source, options in launches.values():
         start = time.perf_counter()
         kernel = triton.compile(source, target=TARGET, options=options)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.kernels.paged import PagedBatch, make_batch, random_query, reference
 from vmalloc.kernels import flash_paged
+from vmalloc.kernels.attention_call import AttentionCall
 
 CACHE = torch.zeros(2, 256, 1, 64, dtype=torch.bfloat16)
 
@@ -110,17 +111,10 @@ def test_rows_return_to_their_places_and_padding_is_zero(
     batch = make_batch(q_lens, used, dtype=torch.bfloat16, block_size=256)
     query = random_query(batch, 4, padding_rows=3)
     out = torch.full_like(query, float("nan"))
-    flash_paged.attend(
-        stand_in(batch),
-        query,
-        batch.k_cache,
-        batch.v_cache,
-        batch.view,
-        out,
-        softmax_scale=0.2,
-        window_left=window_left,
-        softcap=10.0,
+    call = AttentionCall(
+        query, batch.k_cache, batch.v_cache, batch.view, 0.2, window_left, 10.0, None, out
     )
+    assert flash_paged.attend(stand_in(batch), call) is out
     expected = reference(query, batch, softmax_scale=0.2, window_left=window_left, softcap=10.0)
     assert torch.equal(out, expected.to(out.dtype))
     assert not out[sum(q_lens) :].any()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "tests/kernels/on_device"
-ATTENTION = f"{FOLDER}/test_attention.py"  # as long as all the others together
+LONGEST = [f"{FOLDER}/test_attention.py", f"{FOLDER}/test_slots.py"]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -38,12 +39,15 @@ def run_python(*arguments: str, **environment: str) -> str:
         check=False,
         timeout=600,
     )
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0, f"ended with {result.returncode}: {result.stdout}"
     return result.stdout
 
 
 @needs_triton
-@pytest.mark.parametrize("paths", [[ATTENTION], [FOLDER, f"--ignore={ATTENTION}"]])
+@pytest.mark.parametrize(
+    "paths",
+    [*([path] for path in LONGEST), [FOLDER, *(f"--ignore={path}" for path in LONGEST)]],
+)
 def test_kernels_are_right_under_the_interpreter(paths: list[str]) -> None:
     text = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, TRITON_INTERPRET="1")
     assert " passed" in text
@@ -51,9 +55,23 @@ def test_kernels_are_right_under_the_interpreter(paths: list[str]) -> None:
 
 
 @needs_triton
+def test_memory_behind_a_sequence_is_not_touched() -> None:
+    cases = ["decode", "decode-window", "prefill", "empty-slot"]
+    text = run_python("-m", "tests.kernels.guarded", *cases, TRITON_INTERPRET="1")
+    assert text.count("safe ") == len(cases)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["decode-past-the-end", "prefill-past-the-end"])
+def test_touching_it_would_end_the_process(case: str) -> None:
+    with pytest.raises(AssertionError, match=f"ended with {-signal.SIGSEGV}"):
+        run_python("-m", "tests.kernels.guarded", case, TRITON_INTERPRET="1")
+
+
+@needs_triton
 def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
     text = run_python("-m", "tests.kernels.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
-    for kernel in ("append", "decode", "join_splits", "prefill", "copy"):
+    for kernel in ("append", "decode", "join_splits", "prefill", "copy", "decode_rows"):
         assert f"\n{kernel}_kernel " in f"\n{text}"
     assert "compiled " in text
 

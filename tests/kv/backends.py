@@ -8,7 +8,14 @@ import torch
 
 from vmalloc import KVCacheConfig, LayerKVSpec, SequenceGroupSpec, create_kv_backend
 
-KINDS = ["virtual", "paged"]
+# Kind -> backend, and where its memory comes from. CUDA's, for the paged one, is torch's.
+BACKENDS = {
+    "virtual": ("virtual", {}),
+    "paged": ("paged", {}),
+    "paged(torch)": ("paged", {"driver": "cuda"}),
+}
+KINDS = list(BACKENDS)
+GIVE_BACK = [kind for kind in KINDS if kind != "paged(torch)"]  # a tensor's memory cannot shrink
 BLOCK = 4  # small, so that a few tokens make several blocks
 
 SHAPES = {
@@ -57,7 +64,8 @@ def make_config(shape="odd", **changes):
 
 
 def make_cache(kind, shape="odd", **changes):
-    return create_kv_backend(make_config(shape, **changes), kind)
+    name, settings = BACKENDS[kind]
+    return create_kv_backend(make_config(shape, **{**settings, **changes}), name)
 
 
 def row_values(tokens, salt=""):

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
 
-from .backends import BASES, KINDS, SHAPES, Contents, make_config
+from .backends import BACKENDS, BASES, SHAPES, Contents, make_config
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -40,6 +40,7 @@ class BackendMachine(RuleBasedStateMachine):
         spare_slots,
         protect,
     ):
+        name, settings = BACKENDS[self.kind]
         seq_bytes = MAX_LEN * make_config(shape).token_bytes
         config = make_config(
             shape,
@@ -55,12 +56,13 @@ class BackendMachine(RuleBasedStateMachine):
             low_watermark=0.05,
             prefix_caching=prefix_caching,
             commit_ahead_tokens=commit_ahead,
+            **settings,
         )
         if self.kind == "virtual":
             self.driver = _core.FaultDriver(_core.make_host_driver(config.page_bytes))
             self.cache = VirtualKVCache(config, driver=self.driver)
         else:
-            self.cache = create_kv_backend(config, self.kind)
+            self.cache = create_kv_backend(config, name)
         self.contents = Contents(self.cache)
         self.tokens = {}  # of live sequences
         self.salts = {}  # of live and swapped ones
@@ -178,6 +180,19 @@ class BackendMachine(RuleBasedStateMachine):
         if self.cache.try_reorder(beams, parent_idx):
             tokens = [self.tokens[beams[i]] for i in parent_idx]
             self.tokens.update(zip(beams, tokens, strict=True))
+
+    @rule(more=st.integers(1, 2))
+    def pad(self, more):
+        """A padded batch writes to its scratch row; whose row that is, the invariants tell."""
+        count = len(self.tokens)
+        try:
+            view = self.cache.batch_view(list(self.tokens), [0] * count, pad_to=count + more)
+        except ConfigError:  # no slot, or no page, is left for it
+            return
+        table = view.block_table
+        place = int(view.cache_batch_idx[count] if table is None else table[count, 0])
+        for rows in self.contents.views:
+            rows[place, 0] = -1.0
 
     # Prefixes
 
@@ -347,10 +362,15 @@ class BackendMachine(RuleBasedStateMachine):
 
 
 def machine_for(kind):
-    machine = type(f"{kind.title()}Machine", (BackendMachine,), {"kind": kind})
+    machine = type(f"{title(kind)}Machine", (BackendMachine,), {"kind": kind})
     machine.TestCase.__test__ = True
     return machine.TestCase
 
 
-for _kind in KINDS:
-    globals()[f"Test{_kind.title()}Model"] = machine_for(_kind)
+def title(kind):
+    """``"paged(torch)"`` -> ``"PagedTorch"``."""
+    return "".join(filter(str.isalpha, kind.title()))
+
+
+for _kind in BACKENDS:
+    globals()[f"Test{title(_kind)}Model"] = machine_for(_kind)

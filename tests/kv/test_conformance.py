@@ -9,11 +9,12 @@ import torch
 
 from vmalloc import ClosedError, ConfigError, SequenceGroupSpec
 
-from .backends import BASES, KINDS, Engine, books, make_cache
+from .backends import BASES, GIVE_BACK, KINDS, Engine, books, make_cache
 
 A, B, C = BASES
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
+each_that_gives_back = pytest.mark.parametrize("kind", GIVE_BACK)
 each_shape = pytest.mark.parametrize(
     "shape", ["odd", "odd, per layer", "split, uneven dims, pairs", "power of two"]
 )
@@ -554,7 +555,7 @@ def test_a_swapped_sequence_can_only_be_freed_or_swapped_in(kind):
     engine.check()
 
 
-@each_kind
+@each_that_gives_back
 @each_shape
 def test_sleep_gives_all_memory_back_and_waking_restores_it(kind, shape):
     engine = Engine(kind, shape)
@@ -590,7 +591,7 @@ def test_sleep_gives_all_memory_back_and_waking_restores_it(kind, shape):
     engine.check()
 
 
-@each_kind
+@each_that_gives_back
 def test_sleep_is_refused_where_swap_space_does_not_hold_the_live(kind):
     engine = Engine(kind, swap_bytes=20_000)
     engine.admit(0, A[:50])
@@ -606,7 +607,7 @@ def test_sleep_is_refused_where_swap_space_does_not_hold_the_live(kind):
     engine.check()
 
 
-@each_kind
+@each_that_gives_back
 def test_swapped_groups_sleep_too(kind):
     engine = Engine(kind)
     engine.admit(0, A[:50])
@@ -680,7 +681,7 @@ def test_admission_stops_below_the_low_watermark_while_others_run(kind):
     engine.check()
 
 
-@each_kind
+@each_that_gives_back
 def test_trim_gives_free_pages_back(kind):
     engine = Engine(kind)
     engine.admit(0, A[:60])
@@ -697,7 +698,7 @@ def test_trim_gives_free_pages_back(kind):
     engine.check()
 
 
-@each_kind
+@each_that_gives_back
 @each_shape
 def test_the_cap_moves_both_ways(kind, shape):
     engine = Engine(kind, shape)
@@ -777,7 +778,7 @@ def test_misuse_names_the_value_and_changes_nothing(kind):
         engine.check()
 
 
-@each_kind
+@each_that_gives_back
 def test_closing_gives_memory_back_and_is_idempotent(kind):
     engine = Engine(kind)
     engine.admit(0, A[:50])

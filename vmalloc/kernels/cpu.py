@@ -264,3 +264,14 @@ def _block_table(table: Tensor, batch: int) -> tuple[int, int, int]:
             " must be torch.int32 on cpu with stride 1 in its last dimension"
         )
     return table.data_ptr(), table.stride(0), width
+
+
+class CpuKernels:
+    """The functions of this module, as ``select.AttentionKernels``."""
+
+    name: Final = "cpu"
+    lookahead_rows: Final = LOOKAHEAD_ROWS
+    is_graph_safe: Final = False
+    append_kv = staticmethod(append_kv)
+    varlen_attention = staticmethod(varlen_attention)
+    kernel_name = staticmethod(kernel_name)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..backend import KVBatchView
+    from .attention_call import AttentionCall
 
 BLOCK_SIZE_MULTIPLE: Final = 256
 MAX_HEAD_DIM: Final = 256
@@ -50,76 +50,50 @@ def can_attend(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
     )
 
 
-def attend(
-    flash_attn: Any,
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    *,
-    softmax_scale: float,
-    window_left: int,
-    softcap: float,
-) -> None:
-    """Fill ``out``, padding rows included. Shapes as in ``paged_gpu.varlen_attention``."""
+def attend(flash_attn: Any, call: AttentionCall) -> Tensor:
+    """``call.out``, or a new tensor in its place, filled, padding rows included."""
     settings = {
-        "softmax_scale": softmax_scale,
+        "softmax_scale": call.softmax_scale,
         "causal": True,
-        "window_size": (window_left, 0 if window_left >= 0 else -1),
-        "softcap": softcap,
-        "block_table": view.block_table,
+        "window_size": (call.window_left, 0 if call.window_left >= 0 else -1),
+        "softcap": call.softcap,
+        "block_table": call.view.block_table,
     }
-    if view.max_seqlen_q == 1:
-        _decode(flash_attn, query, k_cache, v_cache, view, out, settings)
-    else:
-        _varlen(flash_attn, query, k_cache, v_cache, view, out, settings)
+    run = _decode if call.view.max_seqlen_q == 1 else _varlen
+    attended = run(flash_attn, call, settings)
+    return attended if call.out is None else call.out.copy_(attended)
 
 
-def _decode(
-    flash_attn: Any,
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    settings: dict[str, Any],
-) -> None:
+def _decode(flash_attn: Any, call: AttentionCall, settings: dict[str, Any]) -> Tensor:
     """One row per sequence, by the kernel that splits the keys.
 
     It wants row ``i`` to be sequence ``i``, but padded batches have sequences without a row: rows
     are gathered first, and those of empty sequences end in a spare row that is dropped.
     """
+    query, view = call.query, call.view
     starts, ends = view.cu_seqlens_q[:-1], view.cu_seqlens_q[1:]
     num_rows = query.shape[0]
     rows = torch.where(ends > starts, starts, num_rows).long()
     attended = flash_attn.flash_attn_with_kvcache(
         query[rows.clamp(max=num_rows - 1)].unsqueeze(1),
-        k_cache,
-        v_cache,
+        call.k_cache,
+        call.v_cache,
         cache_seqlens=view.seqused_k,
         **settings,
     )
-    filled = out.new_zeros((num_rows + 1, *out.shape[1:]))
+    filled = query.new_zeros((num_rows + 1, *call.out_shape[1:]))
     filled[rows] = attended[:, 0]
-    out.copy_(filled[:num_rows])
+    return filled[:num_rows]
 
 
-def _varlen(
-    flash_attn: Any,
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    settings: dict[str, Any],
-) -> None:
+def _varlen(flash_attn: Any, call: AttentionCall, settings: dict[str, Any]) -> Tensor:
     """Prefill and mixed batches. flash-attn leaves padding rows undefined; they become 0."""
+    query, view = call.query, call.view
     cu_seqlens_k = torch.nn.functional.pad(view.seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
     attended = flash_attn.flash_attn_varlen_func(
         query,
-        k_cache,
-        v_cache,
+        call.k_cache,
+        call.v_cache,
         cu_seqlens_q=view.cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=view.max_seqlen_q,
@@ -127,7 +101,7 @@ def _varlen(
         **settings,
     )
     is_row = torch.arange(query.shape[0], device=query.device) < view.cu_seqlens_q[-1]
-    out.copy_(torch.where(is_row[:, None, None], attended, 0))
+    return torch.where(is_row[:, None, None], attended, 0)
 
 
 def _is_aligned(cache: Tensor) -> bool:

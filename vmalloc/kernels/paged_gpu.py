@@ -5,26 +5,25 @@ and reading them would stall the stream. The backend that fills them answers for
 goes to flash-attn where it is installed and takes the case, else to Triton. The kernels are proven
 under Triton's interpreter and compile for sm_90; not yet run on a GPU.
 
-Owns: whether flash-attn may be used, one setting per process.
+Owns: nothing.
 Thread-safety: any thread, as long as no call writes rows that another one reads.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from ..errors import ConfigError
 from . import flash_paged
-from .paged_checks import (
-    check_caches,
+from .attention_call import AttentionCall, on_device
+from .gpu_checks import (
+    check_append,
+    check_attention,
     check_device,
     check_indices,
-    check_sinks,
-    check_tensor,
-    check_view,
+    check_triton,
 )
 
 if TYPE_CHECKING:
@@ -35,24 +34,21 @@ if TYPE_CHECKING:
 # Rows past a sequence's end that the kernels may read: none, whatever they hold.
 LOOKAHEAD_ROWS: Final = 0
 
-_may_use_flash_attn = True
-
-
-def use_flash_attn(enabled: bool) -> None:
-    """Allow flash-attn (the default) or not. Without it rows are independent of batch mates."""
-    global _may_use_flash_attn
-    _may_use_flash_attn = enabled
-
 
 def kernel_name(
-    view: KVBatchView, k_cache: Tensor, v_cache: Tensor, *, sinks: Tensor | None = None
+    view: KVBatchView,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    sinks: Tensor | None = None,
+    may_use_flash_attn: bool = True,
 ) -> str:
     """Which kernel ``varlen_attention`` uses: ``"flash-attn"``, or ``"triton"`` and its kernels.
 
     ``"triton-decode"`` if no sequence has more than one new row, else ``"triton-prefill"``, which
     leaves the sequences of one new row to the decode kernel all the same.
     """
-    if _uses_flash_attn(k_cache, v_cache, sinks):
+    if may_use_flash_attn and takes_flash_attn(k_cache, v_cache, sinks):
         return "flash-attn"
     return "triton-decode" if view.max_seqlen_q <= 1 else "triton-prefill"
 
@@ -71,19 +67,14 @@ def append_kv(
     Raises:
         ConfigError: a shape, dtype or device does not fit; nothing was written.
     """
-    check_caches(k_cache, v_cache)
-    for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):
-        check_tensor(name, tensor, 3, cache)
-        if tensor.shape[0] != key.shape[0] or tensor.shape[1:] != cache.shape[2:]:
-            raise ConfigError(
-                f"{name} has shape {tuple(tensor.shape)}, must be"
-                f" {(key.shape[0], *cache.shape[2:])} like the cache and key"
-            )
-    if check_view(view, k_cache) == 0 or view.max_seqlen_q == 0 or key.shape[0] == 0:
+    check_triton()
+    _check_has_table(view)
+    check_append(key, value, k_cache, v_cache, view)
+    if view.seqused_k.numel() == 0 or view.max_seqlen_q == 0 or key.shape[0] == 0:
         return
     from .triton_append import launch_append
 
-    with _current(key.device):
+    with on_device(key.device):
         launch_append(key, value, k_cache, v_cache, view)
 
 
@@ -98,6 +89,7 @@ def varlen_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    may_use_flash_attn: bool = True,
 ) -> Tensor:
     """Attend each packed query to its sequence's cached rows up to its own position.
 
@@ -116,54 +108,31 @@ def varlen_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for no cap.
         sinks: ``[num_heads]`` float32, one more logit in the denominator of each head.
         out: ``[total_q, num_heads, v_head_dim]`` to write to; a new tensor by default.
+        may_use_flash_attn: False leaves all to Triton, whose rows are independent of batch mates.
 
     Raises:
         ConfigError: a shape, dtype, device or setting does not fit; ``out`` was not written.
     """
-    check_caches(k_cache, v_cache)
-    check_tensor("query", query, 3, k_cache)
-    num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]
-    if query.shape[2] != k_cache.shape[3]:
-        raise ConfigError(
-            f"query has head_dim {query.shape[2]}, must be {k_cache.shape[3]} like k_cache"
-        )
-    if num_heads % num_kv_heads:
-        raise ConfigError(
-            f"num_heads is {num_heads}, must be a multiple of num_kv_heads, {num_kv_heads}"
-        )
-    if window_left < -1:
-        raise ConfigError(f"window_left is {window_left}, must be -1 or more")
-    if not softcap >= 0:
-        raise ConfigError(f"softcap is {softcap}, must be 0 or more")
-    if sinks is not None:
-        check_sinks(sinks, query)
-    batch = check_view(view, k_cache)
-    shape = (query.shape[0], num_heads, v_cache.shape[3])
-    if out is None:
-        out = query.new_empty(shape)
-    elif tuple(out.shape) != shape:
-        raise ConfigError(f"out has shape {tuple(out.shape)}, must be {shape} like query, v_cache")
-    check_tensor("out", out, 3, k_cache)
-    if batch == 0 or view.max_seqlen_q == 0 or query.shape[0] == 0:
-        return out.zero_()
-    with _current(query.device):
-        if _uses_flash_attn(k_cache, v_cache, sinks):
-            flash_paged.attend(
-                flash_paged.load_flash_attn(),
-                query,
-                k_cache,
-                v_cache,
-                view,
-                out,
-                softmax_scale=softmax_scale,
-                window_left=window_left,
-                softcap=softcap,
-            )
-        else:
-            _attend_by_triton(
-                query, k_cache, v_cache, view, out, softmax_scale, window_left, softcap, sinks
-            )
-    return out
+    check_triton()
+    _check_has_table(view)
+    call = AttentionCall(
+        query,
+        k_cache,
+        v_cache,
+        view,
+        float(softmax_scale),  # an int would compile another kernel
+        window_left,
+        float(softcap),
+        sinks,
+        out,
+    )
+    check_attention(call)
+    if call.is_empty:
+        return call.zeroed_out()
+    with on_device(query.device):
+        if may_use_flash_attn and takes_flash_attn(k_cache, v_cache, sinks):
+            return flash_paged.attend(flash_paged.load_flash_attn(), call)
+        return attend_by_triton(call)
 
 
 def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -> None:
@@ -179,6 +148,7 @@ def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -
     Raises:
         ConfigError: a shape, dtype, stride or device does not fit; nothing was copied.
     """
+    check_triton()
     check_device("blocks", blocks)
     if blocks.dim() != 4:
         raise ConfigError(f"blocks has shape {tuple(blocks.shape)}, must have 4 dimensions")
@@ -194,51 +164,32 @@ def copy_blocks(blocks: Tensor, pairs: Tensor, num_rows: Tensor | None = None) -
         return
     from .triton_copy import launch_copy
 
-    with _current(blocks.device):
+    with on_device(blocks.device):
         launch_copy(blocks, pairs, num_rows)
 
 
-def _attend_by_triton(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
+def attend_by_triton(call: AttentionCall) -> Tensor:
     """Each kernel picks its own sequences by their number of new rows, never by their mates'."""
     from .triton_decode import launch_decode
     from .triton_prefill import launch_prefill
 
-    out.zero_()  # padding rows: how many there are is known on the GPU only
-    launches = [launch_decode] if view.max_seqlen_q == 1 else [launch_prefill, launch_decode]
-    for launch in launches:
-        launch(
-            query,
-            k_cache,
-            v_cache,
-            view,
-            out,
-            softmax_scale=float(softmax_scale),  # an int would compile another kernel
-            window_left=window_left,
-            softcap=float(softcap),
-            sinks=sinks,
-        )
+    out = call.zeroed_out()  # padding rows: how many there are is known on the GPU only
+    if call.view.max_seqlen_q > 1:
+        launch_prefill(call, out)
+    launch_decode(call, out)
+    return out
 
 
-def _uses_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
+def _check_has_table(view: KVBatchView) -> None:
+    if view.block_table is None:
+        raise ConfigError("block_table is None, must be [batch, max_blocks] for paged kernels")
+
+
+def takes_flash_attn(k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> bool:
+    """Whether flash-attn is there, for a GPU that it runs on, and takes these caches."""
     return (
-        _may_use_flash_attn
-        and k_cache.is_cuda
+        k_cache.is_cuda
         and flash_paged.can_attend(k_cache, v_cache, sinks)
         and flash_paged.load_flash_attn() is not None
         and torch.cuda.get_device_capability(k_cache.device) >= (8, 0)
     )
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the current one, which is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""Fused reshape-and-write: packed new K and V rows into their blocks, in one launch.
+"""Fused reshape-and-write: packed new K and V rows into their slots or blocks, in one launch.
 
 The first of the three kernels that the PagedAttention paper names (Kwon et al., 2023, section
 5.1). Proven under Triton's interpreter; not yet run on a GPU.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .triton_tiles import find_tile, max_tiles
+from .triton_tiles import find_rows, find_tile, max_tiles, table_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ def launch_append(
     key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, view: KVBatchView
 ) -> None:
     """Enqueue the write. Shapes as in ``paged_gpu.append_kv``, which checks them."""
-    assert view.block_table is not None
+    table, block_size = table_of(view, k_cache)
     num_tokens, num_kv_heads, k_dim = key.shape
     batch = view.seqused_k.numel()
     rows = 1 if view.max_seqlen_q == 1 else 16
@@ -36,9 +36,9 @@ def launch_append(
         v_cache,
         view.cu_seqlens_q,
         view.seqused_k,
-        view.block_table,
+        table,
         batch,
-        view.block_table.stride(0),
+        table.stride(0),
         *key.stride()[:2],
         *value.stride()[:2],
         *k_cache.stride()[:3],
@@ -46,7 +46,7 @@ def launch_append(
         NUM_HEADS=num_kv_heads,
         K_DIM=k_dim,
         V_DIM=value.shape[2],
-        BLOCK_SIZE=k_cache.shape[1],
+        BLOCK_SIZE=block_size,
         ROWS=rows,
         COLUMNS=1024 if rows == 1 else 128,
     )
@@ -91,13 +91,12 @@ def append_kernel(
     is_new = new < num_new
     rows = tl.load(seqused_k + seq) - num_new + new
     table = block_table + seq.to(tl.int64) * table_stride
-    blocks = tl.load(table + rows // BLOCK_SIZE, mask=is_new, other=0).to(tl.int64)
+    block, place = find_rows(table, rows, is_new, BLOCK_SIZE)
     tokens = (first_token + new).to(tl.int64)
-    rows_in_block = (rows % BLOCK_SIZE).to(tl.int64)
     copy_rows(
         key + tokens * key_row_stride,
         key_head_stride,
-        k_cache + blocks * k_block_stride + rows_in_block * k_row_stride,
+        k_cache + block * k_block_stride + place * k_row_stride,
         k_head_stride,
         is_new,
         NUM_HEADS,
@@ -107,7 +106,7 @@ def append_kernel(
     copy_rows(
         value + tokens * value_row_stride,
         value_head_stride,
-        v_cache + blocks * v_block_stride + rows_in_block * v_row_stride,
+        v_cache + block * v_block_stride + place * v_row_stride,
         v_head_stride,
         is_new,
         NUM_HEADS,

@@ -1,4 +1,4 @@
-"""Attention of one new row per sequence over block tables, split over the keys.
+"""Attention of one new row per sequence over slots or block tables, split over the keys.
 
 A short sequence is one program per KV head; a long one is cut into splits whose partial results a
 second kernel joins (split-K, as in Flash-Decoding, Dao et al., 2023). Where a sequence is cut
@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_tiles import LOG2_E, add_sinks, attend, load_rows, store_rows, tile_sizes
+from .triton_tiles import LOG2_E, add_sinks, attend, load_rows, store_rows, table_of, tile_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..backend import KVBatchView
+    from .attention_call import AttentionCall
 
 MAX_SPLITS = tl.constexpr(64)
 """Bounds the partial results: longer sequences get longer splits instead of more of them."""
@@ -30,29 +30,20 @@ MIN_SPLIT_KEYS = tl.constexpr(256)
 """Splits are multiples of this, and it of every tile. 8 KV heads and 4096 keys fill 128 SMs."""
 
 
-def launch_decode(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    *,
-    softmax_scale: float,
-    window_left: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
+def launch_decode(call: AttentionCall, out: Tensor) -> None:
     """Enqueue attention of every sequence with one new row; other rows stay as they are.
 
-    Shapes as in ``paged_gpu.varlen_attention``, which checks them.
+    ``out`` is as ``call.out_shape`` says; ``call`` was checked.
     """
-    assert view.block_table is not None
+    query, view = call.query, call.view
+    k_cache, v_cache = call.k_cache, call.v_cache
+    table, block_size = table_of(view, k_cache)
     batch, num_heads = view.seqused_k.numel(), query.shape[1]
     num_kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
     group = num_heads // num_kv_heads
     tiles = tile_sizes(k_cache, v_cache)
     group_rows = min(64, tiles.queries, max(16, triton.next_power_of_2(group)))
-    num_splits = max_splits(view.max_seqlen_k, window_left, tiles.keys)
+    num_splits = max_splits(view.max_seqlen_k, call.window_left, tiles.keys)
     device = query.device
     partial_shape = (batch, num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
     partial_out = torch.empty((*partial_shape, v_dim), dtype=torch.float32, device=device)
@@ -68,13 +59,13 @@ def launch_decode(
         v_cache,
         view.cu_seqlens_q,
         view.seqused_k,
-        view.block_table,
-        sinks,
-        softmax_scale,
-        softcap,
-        window_left,
+        table,
+        call.sinks,
+        call.softmax_scale,
+        call.softcap,
+        call.window_left,
         num_splits,
-        view.block_table.stride(0),
+        table.stride(0),
         *out.stride()[:2],
         *query.stride()[:2],
         *k_cache.stride()[:3],
@@ -87,9 +78,9 @@ def launch_decode(
         BLOCK_K_DIM=tiles.k_dim,
         BLOCK_V_DIM=tiles.v_dim,
         BLOCK_KEYS=tiles.keys,
-        BLOCK_SIZE=k_cache.shape[1],
-        HAS_WINDOW=window_left >= 0,
-        HAS_SOFTCAP=softcap > 0,
+        BLOCK_SIZE=block_size,
+        HAS_WINDOW=call.window_left >= 0,
+        HAS_SOFTCAP=call.softcap > 0,
         num_stages=2,
     )
     if num_splits == 1:
@@ -101,15 +92,15 @@ def launch_decode(
         partial_sum,
         view.cu_seqlens_q,
         view.seqused_k,
-        sinks,
-        window_left,
+        call.sinks,
+        call.window_left,
         num_splits,
         *out.stride()[:2],
         NUM_HEADS=num_heads,
         V_DIM=v_dim,
         BLOCK_V_DIM=tiles.v_dim,
         BLOCK_KEYS=tiles.keys,
-        HAS_WINDOW=window_left >= 0,
+        HAS_WINDOW=call.window_left >= 0,
     )
 
 

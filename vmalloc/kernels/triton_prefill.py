@@ -1,4 +1,4 @@
-"""Causal attention of many new rows per sequence over block tables: prefill and its chunks.
+"""Causal attention of many new rows per sequence, over slots or block tables: prefill, chunks.
 
 Proven under Triton's interpreter; not yet run on a GPU.
 
@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .triton_tiles import add_sinks, attend, find_tile, load_rows, max_tiles, store_rows, tile_sizes
+from .triton_tiles import (
+    add_sinks,
+    attend,
+    find_tile,
+    load_rows,
+    max_tiles,
+    store_rows,
+    table_of,
+    tile_sizes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..backend import KVBatchView
+    from .attention_call import AttentionCall
 
 
-def launch_prefill(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: KVBatchView,
-    out: Tensor,
-    *,
-    softmax_scale: float,
-    window_left: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
+def launch_prefill(call: AttentionCall, out: Tensor) -> None:
     """Enqueue attention of every sequence with two or more new rows; other rows stay as they are.
 
-    Shapes as in ``paged_gpu.varlen_attention``, which checks them.
+    ``out`` is as ``call.out_shape`` says; ``call`` was checked.
     """
-    assert view.block_table is not None
+    query, view = call.query, call.view
+    k_cache, v_cache = call.k_cache, call.v_cache
+    table, block_size = table_of(view, k_cache)
     num_kv_heads = k_cache.shape[2]
     group = query.shape[1] // num_kv_heads
     tiles = tile_sizes(k_cache, v_cache)
@@ -49,13 +49,13 @@ def launch_prefill(
         v_cache,
         view.cu_seqlens_q,
         view.seqused_k,
-        view.block_table,
-        sinks,
-        softmax_scale,
-        softcap,
-        window_left,
+        table,
+        call.sinks,
+        call.softmax_scale,
+        call.softcap,
+        call.window_left,
         batch,
-        view.block_table.stride(0),
+        table.stride(0),
         *out.stride()[:2],
         *query.stride()[:2],
         *k_cache.stride()[:3],
@@ -67,9 +67,9 @@ def launch_prefill(
         BLOCK_V_DIM=tiles.v_dim,
         BLOCK_QUERIES=tiles.queries,
         BLOCK_KEYS=tiles.keys,
-        BLOCK_SIZE=k_cache.shape[1],
-        HAS_WINDOW=window_left >= 0,
-        HAS_SOFTCAP=softcap > 0,
+        BLOCK_SIZE=block_size,
+        HAS_WINDOW=call.window_left >= 0,
+        HAS_SOFTCAP=call.softcap > 0,
         num_warps=tiles.num_warps,
         num_stages=2,
     )

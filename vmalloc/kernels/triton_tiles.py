@@ -2,8 +2,9 @@
 
 A program holds a tile of query rows and walks the keys with the online softmax of FlashAttention
 (Dao et al., 2022); K and V are found row by row through the block table (PagedAttention, Kwon et
-al., 2023). Scores, sums and outputs are float32 whatever the inputs; float32 inputs are multiplied
-as such, never as TF32. Proven under Triton's interpreter; not yet run on a GPU, and not tuned.
+al., 2023), or one after the other in a slot. Scores, sums and outputs are float32 whatever the
+inputs; float32 inputs are multiplied as such, never as TF32. Proven under Triton's interpreter; not
+yet run on a GPU, and not tuned.
 
 Owns: nothing.  Thread-safety: immutable.
 """
@@ -18,6 +19,8 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..backend import KVBatchView
 
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter; fixed when they are decorated."""
@@ -68,6 +71,13 @@ def max_tiles(num_tokens: int, batch: int, per_token: int, block: int) -> int:
     return num_tokens * per_token // block + batch
 
 
+def table_of(view: KVBatchView, k_cache: Tensor) -> tuple[Tensor, int]:
+    """Block table and block size. A slot is one block of any length: size 0, its number alone."""
+    if view.block_table is None:
+        return view.cache_batch_idx.unsqueeze(1), 0
+    return view.block_table, k_cache.shape[1]
+
+
 @triton.jit
 def find_tile(cu_seqlens_q, tile, batch, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """The sequence that a program works on, and which of its tiles of ``BLOCK`` rows.
@@ -89,31 +99,26 @@ def find_tile(cu_seqlens_q, tile, batch, PER_TOKEN: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def load_rows(source, offsets, is_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows at ``offsets`` as a ``[rows, BLOCK_DIM]`` tile; zeros where there is none."""
+    """Rows at ``offsets`` as a ``[rows, BLOCK_DIM]`` tile; what is no row is not touched."""
     dims = tl.arange(0, BLOCK_DIM)
     mask = is_row[:, None] & (dims < DIM)[None, :]
+    # Zeros, not garbage: a weight of 0 times NaN would still be NaN.
     return tl.load(source + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_cached(
-    cache,
-    block_stride,
-    row_stride,
-    blocks,
-    rows,
-    readable,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Cached rows as a ``[rows, BLOCK_DIM]`` tile; what is not ``readable`` is not touched."""
-    dims = tl.arange(0, BLOCK_DIM)
-    # 64 bits: a cache may have more than 2**31 elements.
-    offsets = blocks * block_stride + (rows % BLOCK_SIZE).to(tl.int64) * row_stride
-    mask = readable[:, None] & (dims < DIM)[None, :]
-    # Zeros, not garbage: a weight of 0 times NaN would still be NaN.
-    return tl.load(cache + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+def find_rows(table, rows, readable, BLOCK_SIZE: tl.constexpr):
+    """Block of each row and the row's place in it, in 64 bits: caches exceed 2**31 elements.
+
+    ``BLOCK_SIZE`` 0: the sequence is one block, whose number is all of its table.
+    """
+    if BLOCK_SIZE == 0:
+        block = tl.load(table).to(tl.int64)
+        place = rows.to(tl.int64)
+    else:
+        block = tl.load(table + rows // BLOCK_SIZE, mask=readable, other=0).to(tl.int64)
+        place = (rows % BLOCK_SIZE).to(tl.int64)
+    return block, place
 
 
 @triton.jit
@@ -177,17 +182,9 @@ def attend(
         readable = tl.full([BLOCK_KEYS], 1, tl.int1)
         if MASKED:
             readable = (rows >= oldest) & (rows < stop)
-        blocks = tl.load(table + rows // BLOCK_SIZE, mask=readable, other=0).to(tl.int64)
-        keys = load_cached(
-            k_cache,
-            k_block_stride,
-            k_row_stride,
-            blocks,
-            rows,
-            readable,
-            K_DIM,
-            BLOCK_K_DIM,
-            BLOCK_SIZE,
+        block, place = find_rows(table, rows, readable, BLOCK_SIZE)
+        keys = load_rows(
+            k_cache, block * k_block_stride + place * k_row_stride, readable, K_DIM, BLOCK_K_DIM
         )
         scores = dot(queries, tl.trans(keys), no_scores) * softmax_scale
         if HAS_SOFTCAP:
@@ -203,16 +200,8 @@ def attend(
         base = tl.where(new_max == -float("inf"), 0.0, new_max)
         weights = tl.exp2(scores - base[:, None])
         decay = tl.exp2(row_max - base)
-        values = load_cached(
-            v_cache,
-            v_block_stride,
-            v_row_stride,
-            blocks,
-            rows,
-            readable,
-            V_DIM,
-            BLOCK_V_DIM,
-            BLOCK_SIZE,
+        values = load_rows(
+            v_cache, block * v_block_stride + place * v_row_stride, readable, V_DIM, BLOCK_V_DIM
         )
         acc *= decay[:, None]
         acc = dot(weights.to(values.dtype), values, acc)

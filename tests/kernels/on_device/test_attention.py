@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +20,11 @@ from tests.kernels.paged import (
     reference,
 )
 from vmalloc.backend import KVBatchView
-from vmalloc.kernels.paged_gpu import append_kv, use_flash_attn, varlen_attention
+from vmalloc.kernels.paged_gpu import append_kv
+from vmalloc.kernels.paged_gpu import varlen_attention as any_kernel_attention
 from vmalloc.kernels.triton_decode import MAX_SPLITS, MIN_SPLIT_KEYS, max_splits
 
-use_flash_attn(False)
+varlen_attention = partial(any_kernel_attention, may_use_flash_attn=False)
 
 # A new sequence, decodes, a later chunk, an empty entry, a chunk of two, tile and split edges.
 # Tiles are larger in 16 bits than in 32, and the interpreter takes its time per tile.

@@ -1,0 +1,84 @@
+"""From a config to the core's driver and arena.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from . import _core
+from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
+from .device import device_index
+from .layout import KVLayout
+
+
+def cuda_absence(device: str = "cuda") -> str | None:
+    """Why the CUDA driver's virtual memory cannot be used on ``device``; None if it can.
+
+    The library is ``libcuda.so.1``, or what ``VMALLOC_LIBCUDA`` names.
+    """
+    return _core.cuda_absence(device=device_index(device))
+
+
+def make_driver(config: KVCacheConfig) -> _core.Driver:
+    """The driver that ``config`` names.
+
+    Raises:
+        ConfigError: the page size does not suit it, or there is no such device here.
+    """
+    if config.driver_name == "cuda":
+        return _core.make_cuda_driver(
+            config.page_bytes or 0,
+            config.device_idx,
+            cpu_tensors=config.device == "cpu",
+        )
+    page_bytes = config.page_bytes or DEFAULT_PAGE_BYTES
+    if config.driver_name == "null":
+        return _core.make_null_driver(page_bytes)
+    return _core.make_host_driver(page_bytes)
+
+
+def make_arena(config: KVCacheConfig, driver: _core.Driver, layout: KVLayout) -> _core.KVArena:
+    """An arena over ``driver`` with the slots of ``layout``."""
+    max_pages = config.capacity_bytes // driver.page_bytes
+    return _core.KVArena(
+        driver,
+        layers=[_core_spec(layer) for layer in config.layers],
+        layers_per_group=config.layers_per_group or len(config.layers),
+        kv_split=config.kv_split,
+        num_slots=layout.num_slots,
+        max_rows=config.max_seq_len,
+        max_pages=max_pages,
+        low_pages=low_pages(config, max_pages),
+        high_pages=high_pages(config, max_pages),
+        ahead_rows=config.commit_ahead_tokens,
+        lookahead_rows=config.lookahead_tokens,
+        zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
+        swap_bytes=config.swap_bytes,
+        protect_shared=config.protect_shared,
+    )
+
+
+def low_pages(config: KVCacheConfig, max_pages: int) -> int:
+    """Pages that new sequences leave to the running ones."""
+    return int(max_pages * config.low_watermark)
+
+
+def high_pages(config: KVCacheConfig, max_pages: int) -> int:
+    """Pages that may stay created without being needed."""
+    return ceil(max_pages * config.high_watermark)
+
+
+def _core_spec(layer: LayerKVSpec) -> _core.LayerKVSpec:
+    return _core.LayerKVSpec(
+        num_kv_heads=layer.num_kv_heads,
+        k_head_dim=layer.k_head_dim,
+        v_head_dim=layer.v_head_dim,
+        element_bytes=DTYPE_BYTES[layer.dtype],
+    )
+
+
+def _mixes_dtypes(config: KVCacheConfig) -> bool:
+    # Bits of one type read as another may be NaN, which a masked row must never hold.
+    return len({layer.dtype for layer in config.layers}) > 1

@@ -1,0 +1,1 @@
+"""Attention on a GPU over slots: one file per kernel library, and the choice between them."""
