@@ -21,6 +21,7 @@ Owns: the caches it makes.  Thread-safety: none; one process, torch's current st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vmalloc.kernels.buckets import bucket_rows
-from vmalloc.kernels.select import AttentionKernels, select_kernels
 
 from vmalloc import VirtualKVCache
 from vmalloc.errors import ConfigError
+from vmalloc.kernels.buckets import bucket_rows
 from vmalloc.kernels.flash_paged import load_flash_attn
+from vmalloc.kernels.select import AttentionKernels, select_kernels
 
 from .attention_calls import (
     FLASH_ATTN_BLOCK,
@@ -43,6 +44,7 @@ from .attention_calls import (
     flash_attn_slots,
     make_batch,
     make_block_table,
+    slot_starts,
     torch_fa2,
 )
 from .caches import ModelShape, admit, attend_exactly, fill, make_cache, model_shape, relative_error
@@ -188,7 +190,8 @@ def time_calls(
         try:
             out = one.call(1)
             expected = one.exact(1)
-            found[name] = {"rel_error": relative_error(out[-expected.shape[0] :], expected)}
+            error = relative_error(out[-expected.shape[0] :], expected)
+            found[name] = {"rel_error": error if math.isfinite(error) else "not finite"}
 
             def walk(call: LayerCall = one.call) -> None:
                 for layer_idx in range(num_layers):
@@ -197,11 +200,11 @@ def time_calls(
             is_captured = phase == "decode" and one.is_graph_safe
             found[name]["is_captured"] = is_captured
             ready[name] = capture(walk, device=section.device) if is_captured else walk
-        except Exception as error:
+        except Exception as problem:
             if section.dry_run:
                 raise
-            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-            print(f"{name}: {error}", flush=True)
+            found[name] = {"error": f"{type(problem).__name__}: {str(problem)[:300]}"}
+            print(f"{name}: {problem}", flush=True)
     rounds = 2 if section.dry_run else 12 if phase == "decode" else 6
     return compare_us(ready, device=section.device, rounds=rounds, warmup=2) if ready else {}
 
@@ -219,8 +222,9 @@ def contenders(
         if section.dry_run:
             check_on_meta(torch_fa2, batch, *cache.layer_views(1), rows)
             continue
+        starts = slot_starts(batch, cache.layer_views(0)[0])
         calls[name] = Contender(
-            lambda layer, n=rows: torch_fa2(batch, *cache.layer_views(layer), n), exact
+            lambda i, n=rows, s=starts: torch_fa2(batch, *cache.layer_views(i), n, s), exact
         )
     for kernel in SLOT_KERNELS if not section.dry_run else ("triton",):
         chosen = _choose(section, shape, kernel, has_block_table=False)
@@ -278,8 +282,10 @@ def dense_contender(shape: ModelShape, batch: Batch, num_layers: int) -> Contend
     place = torch.arange(batch.size, dtype=torch.int32, device=batch.query.device)
     moved = Batch(batch.query, batch.lengths, batch.num_new, batch.lens, place, batch.cu_seqlens_q)
 
+    starts = slot_starts(moved, dense[0, 0])
+
     def call(layer: int) -> Tensor:
-        return torch_fa2(moved, dense[layer, 0], dense[layer, 1], length)
+        return torch_fa2(moved, dense[layer, 0], dense[layer, 1], length, starts)
 
     def exact(layer: int) -> Tensor:
         return _exact_last(batch, dense[layer, 0, -1], dense[layer, 1, -1])

@@ -88,14 +88,19 @@ def make_block_table(
     return table.to(device)
 
 
-def torch_fa2(batch: Batch, k_cache: Tensor, v_cache: Tensor, max_seqlen_k: int) -> Tensor:
+def torch_fa2(
+    batch: Batch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    max_seqlen_k: int,
+    starts: Tensor | None = None,
+) -> Tensor:
     """torch's own FlashAttention-2 over ``[num_slots, rows, num_kv_heads, head_dim]`` views.
 
     Only the start ``cum_seq_k[i]`` of a sequence and its length ``seqused_k[i]`` are read, so the
-    starts may be any slots.
+    starts may be any slots. ``starts``: what ``slot_starts`` gives; None: made here.
     """
-    rows_per_slot = k_cache.stride(0) // k_cache.stride(1)
-    starts = torch.nn.functional.pad(batch.slot_idx * rows_per_slot, (0, 1))
+    starts = slot_starts(batch, k_cache) if starts is None else starts
     result = torch.ops.aten._flash_attention_forward(
         batch.query,
         flat_rows(k_cache),
@@ -112,6 +117,12 @@ def torch_fa2(batch: Batch, k_cache: Tensor, v_cache: Tensor, max_seqlen_k: int)
     )
     out: Tensor = result[0]
     return out
+
+
+def slot_starts(batch: Batch, cache: Tensor) -> Tensor:
+    """First row of each sequence among the rows of all slots, and one entry that nobody reads."""
+    rows_per_slot = cache.stride(0) // cache.stride(1)
+    return torch.nn.functional.pad(batch.slot_idx * rows_per_slot, (0, 1))
 
 
 def flash_attn_slots(

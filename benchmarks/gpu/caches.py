@@ -79,7 +79,11 @@ def make_cache(
     page_bytes = settings.get("page_bytes") or (2 << 20)
     group = settings.get("layers_per_group") or shape.num_layers
     partial_pages = 2 * max_num_seqs * -(-shape.num_layers // group)
-    defaults: dict[str, Any] = {"commit_ahead_tokens": 0, "prefix_caching": False}
+    defaults: dict[str, Any] = {
+        "commit_ahead_tokens": 0,
+        "prefix_caching": False,
+        "low_watermark": 0.0,
+    }
     config = KVCacheConfig(
         layers=shape.layers,
         max_num_seqs=max_num_seqs,

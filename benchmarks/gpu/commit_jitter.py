@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from vmalloc import VirtualKVCache
+
 from .caches import admit, make_cache, model_shape
 from .section import Section, run_section
 from .timing import percentiles
@@ -57,7 +59,7 @@ def make_compute(section: Section) -> Callable[[], None]:
 def measure(section: Section, compute: Callable[[], None], ahead: int, pool: str) -> dict[str, Any]:
     """One way to get pages, over ``NUM_STEPS`` steps."""
     shape = model_shape(section)
-    num_seqs, num_steps = (NUM_SEQS, NUM_STEPS) if not section.dry_run else (4, 8)
+    num_seqs, num_steps = (NUM_SEQS, NUM_STEPS) if not section.dry_run else (4, 72)
     # Staggered, so that the sequences cross page boundaries in different steps.
     lengths = [FIRST_LENGTH + idx % 16 for idx in range(num_seqs)]
     last = FIRST_LENGTH + 16 + num_steps
@@ -71,7 +73,7 @@ def measure(section: Section, compute: Callable[[], None], ahead: int, pool: str
     )
     if pool == "pooled":
         admit(cache, [last] * num_seqs)
-        cache.free(range(num_seqs))
+        empty_slots(cache, num_seqs)
     admit(cache, lengths)
     cache.wait_worker()
     before = cache.stats()
@@ -96,6 +98,8 @@ def measure(section: Section, compute: Callable[[], None], ahead: int, pool: str
     cache.close()
     critical = after.critical_pages - before.critical_pages
     background = after.background_pages - before.background_pages
+    if critical + background == 0:
+        raise RuntimeError(f"no sequence needed a page in {num_steps} steps")
     return {
         "commit_ahead_tokens": ahead,
         "pool": pool,
@@ -106,6 +110,19 @@ def measure(section: Section, compute: Callable[[], None], ahead: int, pool: str
         "hidden_share": background / max(1, background + critical),
         "stall_us_per_step": (after.stall_us - before.stall_us) / num_steps,
     }
+
+
+def empty_slots(cache: VirtualKVCache, num_seqs: int) -> None:
+    """End all sequences and unmap their pages, which stay created."""
+    step = cache.begin_step()
+    for seq_id in range(num_seqs):
+        cache.truncate(seq_id, 0)
+    cache.free(range(num_seqs))
+    cache.end_step(step)
+    # Pages come back once a later step finds that the one that may still read them is over.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    cache.end_step(cache.begin_step())
 
 
 if __name__ == "__main__":

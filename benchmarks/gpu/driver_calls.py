@@ -8,8 +8,8 @@ result: ``runs`` [{stream, num_threads, page_bytes, num_pages, create_us (one pa
 run, for the first time: with the clearing of new memory, if the driver does that), map_us (the run,
 again), unmap_us (the run), destroy_us (one page), idle_samples, calls}]; ``threads`` [{stream,
 num_threads, num_pages, pages_per_s, call_us}]; ``raw`` [{stream, call, num_pages, us or error}];
-``launches`` {alone, while_mapping}: host microseconds of one small kernel launch while another
-thread maps and unmaps.
+``launches`` {alone, beside_a_thread, while_mapping}: host microseconds of one small kernel launch
+while another thread maps and unmaps.
 
 Owns: the pages it makes, given back at once.
 Thread-safety: the part on two threads uses two address ranges of one driver.
@@ -207,7 +207,10 @@ def time_raw_run(
 
 
 def time_launches(driver: Any) -> dict[str, Any]:
-    """Whether mapping on one thread holds up kernel launches on another."""
+    """Whether mapping on one thread holds up kernel launches on another.
+
+    A thread that only hands the interpreter lock to and fro is the yardstick.
+    """
     small = torch.zeros(1024, device="cuda")
     is_done = threading.Event()
     num_bytes = THREAD_PAGES * driver.page_bytes
@@ -222,24 +225,30 @@ def time_launches(driver: Any) -> dict[str, Any]:
                 torch.cuda.synchronize()
         return times
 
-    def work() -> None:
-        while not is_done.is_set():
-            driver.try_map(address, pages)
-            driver.unmap(address, THREAD_PAGES)
+    def beside(work: Callable[[], Any]) -> list[float]:
+        is_done.clear()
+        thread = threading.Thread(target=lambda: [work() for _ in iter(is_done.is_set, True)])
+        thread.start()
+        try:
+            return launch()
+        finally:
+            is_done.set()
+            thread.join()
+
+    def remap() -> None:
+        driver.try_map(address, pages)
+        driver.unmap(address, THREAD_PAGES)
 
     launch()
-    alone = launch()
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        beside = launch()
-    finally:
-        is_done.set()
-        thread.join()
+    found = {
+        "alone": percentiles(launch()),
+        "beside_a_thread": percentiles(beside(lambda: time.sleep(0))),
+        "while_mapping": percentiles(beside(remap)),
+    }
     for page in pages:
         driver.destroy_page(page)
     driver.release(address, num_bytes)
-    return {"alone": percentiles(alone), "while_mapping": percentiles(beside)}
+    return found
 
 
 def _keep_busy(load: Load) -> bool:

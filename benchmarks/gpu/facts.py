@@ -19,14 +19,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from vmalloc.cuda_devices import find_devices
 
 from vmalloc import _core
+from vmalloc.cuda_devices import find_devices
 
 from .devices import make_driver
 from .section import Section, run_section
@@ -37,29 +39,40 @@ SMI_FIELDS = (
     "clocks.max.mem,temperature.gpu,power.draw,power.limit,persistence_mode,mig.mode.current,"
     "compute_mode,clocks_event_reasons.active"
 )
+NEED_GPU = ("torch_device", "ceilings")
 RESERVED_GIB = (1, 1024, 16384)
 
 
 def main(section: Section) -> None:
-    section.put("versions", versions())
-    section.put("nvidia_smi", nvidia_smi())
     driver = make_driver(section)
     section.put("device", driver.info())
-    section.put("reserve_us", time_reservations(driver))
-    section.put("control_plane", asdict(find_devices()))
-    section.put("info", command_info())
-    if section.dry_run:
-        section.skip("ceilings", "no GPU")
-        return
-    section.put("torch_device", torch_device())
-    section.put("ceilings", measure_ceilings())
+    parts: dict[str, Callable[[], Any]] = {
+        "versions": versions,
+        "nvidia_smi": nvidia_smi,
+        "reserve_us": lambda: time_reservations(driver),
+        "control_plane": lambda: asdict(find_devices()),
+        "info": command_info,
+        "torch_device": torch_device,
+        "ceilings": measure_ceilings,
+    }
+    for name, measure in parts.items():
+        if section.dry_run and name in NEED_GPU:
+            section.skip(name, "no GPU")
+            continue
+        try:
+            section.put(name, measure())
+        except Exception as error:  # what one part cannot tell must not hide the others
+            if section.dry_run:
+                raise
+            section.skip(name, f"{type(error).__name__}: {error}")
 
 
 def versions() -> dict[str, str]:
     """Python, compilers and what is importable of the packages that matter."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found["cuda_of_torch"] = str(torch.version.cuda)
-    for name in ("triton", "transformers", "flash_attn", "flashinfer"):
+    found |= {name: version(name) for name in ("triton", "transformers", "numpy")}
+    for name in ("flash_attn", "flashinfer"):
         try:
             found[name] = str(getattr(__import__(name), "__version__", "unknown"))
         except Exception as error:  # a library built for another torch fails in its own ways

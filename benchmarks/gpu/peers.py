@@ -124,16 +124,16 @@ def measure_kvcached(section: Section, num_pages: int, repeats: int) -> dict[str
     from kvcached import vmm_ops
 
     torch.zeros(1, device="cuda")
-    if not getattr(measure_kvcached, "is_ready", False):
-        vmm_ops.init_kvcached("cuda:0", PAGE_BYTES, True)
-        vmm_ops.create_kv_tensors(2 * max(NUM_PAGES) * PAGE_BYTES, 2, "cuda:0", 1, 1)
-        measure_kvcached.is_ready = True  # type: ignore[attr-defined]
+    vmm_ops.init_kvcached("cuda:0", PAGE_BYTES, True)
+    vmm_ops.create_kv_tensors(2 * num_pages * PAGE_BYTES, 2, "cuda:0", 1, 1)
     offsets = [idx * PAGE_BYTES for idx in range(num_pages)]
-    return _time_pair(
+    row = _time_pair(
         lambda: vmm_ops.map_to_kv_tensors(offsets),
         lambda: vmm_ops.unmap_from_kv_tensors(offsets),
         repeats,
     )
+    vmm_ops.shutdown_kvcached()
+    return row
 
 
 def measure_torch_memory_saver(section: Section, num_pages: int, repeats: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Thread-safety: none; the orchestrator's one thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TOTAL_SECONDS = 525.0
@@ -41,11 +41,11 @@ class SectionPlan:
 SECTIONS = (
     SectionPlan("prepare", "prepare", 150, 5, "wheels unpacked, extension built", True),
     SectionPlan("facts", "facts", 45, 8, "versions, device, driver probes, ceilings"),
-    SectionPlan("tests", "gpu_tests", 110, 15, "pytest tests/gpu on the real driver", True),
+    SectionPlan("tests", "gpu_tests", 100, 15, "pytest tests/gpu on the real driver", True),
     SectionPlan("kernel_probes", "kernel_probes", 70, 15, "rows that kernels touch past the end"),
     SectionPlan("driver_calls", "driver_calls", 45, 12, "latency of each driver call"),
-    SectionPlan("attention", "attention", 75, 20, "contiguous against block table"),
-    SectionPlan("serving", "serving", 130, 40, "8B-shaped model end to end"),
+    SectionPlan("attention", "attention", 70, 20, "contiguous against block table"),
+    SectionPlan("serving", "serving", 110, 40, "8B-shaped model end to end"),
     SectionPlan("layout", "layout_dial", 45, 15, "layers per group x page size"),
     SectionPlan("commit_jitter", "commit_jitter", 35, 12, "commits inline against ahead"),
     SectionPlan("peers", "peers", 40, 10, "other allocators on the same work"),
@@ -68,10 +68,15 @@ class Budget:
         """Seconds left; below 0 once they are overdrawn."""
         return self._end - self._clock()
 
-    def grant_s(self, section: SectionPlan) -> float | None:
-        """How long a section may take now; None if so little is left that it is skipped."""
-        granted = min(section.limit_s, self.left_s() - RESERVED_SECONDS)
-        return granted if granted >= section.minimum_s else None
+    def grant_s(self, section: SectionPlan, later: Sequence[SectionPlan] = ()) -> float | None:
+        """How long a section may take now; None if so little is left that it is skipped.
+
+        Beyond its own minimum it leaves the later ones theirs.
+        """
+        left = self.left_s() - RESERVED_SECONDS
+        spare = left - sum(one.minimum_s for one in later)
+        granted = min(section.limit_s, max(spare, section.minimum_s))
+        return granted if left >= section.minimum_s else None
 
 
 def choose_sections(names: str | None) -> list[SectionPlan]:

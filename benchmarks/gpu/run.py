@@ -87,14 +87,14 @@ class Run:
 
     def run_all(self, plans: Sequence[SectionPlan]) -> None:
         """``prepare``, then the rest: one at a time, in a dry run one a core."""
-        self._run_one(plans[0])
+        self._run_one(plans[0], plans[1:])
         if self._dry_run:
             self._use_stand_in()
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 list(pool.map(self._run_one, plans[1:]))
         else:
-            for plan in plans[1:]:
-                self._run_one(plan)
+            for idx, plan in enumerate(plans[1:], start=2):
+                self._run_one(plan, plans[idx:])
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _use_stand_in(self) -> None:
@@ -106,8 +106,8 @@ class Run:
             folders = [str(Path(library).parent), self._env.get("LD_LIBRARY_PATH", "")]
             self._env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
 
-    def _run_one(self, plan: SectionPlan) -> None:
-        granted = DRY_RUN_SECONDS if self._dry_run else self._budget.grant_s(plan)
+    def _run_one(self, plan: SectionPlan, later: Sequence[SectionPlan] = ()) -> None:
+        granted = DRY_RUN_SECONDS if self._dry_run else self._budget.grant_s(plan, later)
         if granted is None:
             reason = f"{self._budget.left_s():.0f} s left of {self.results['budget_s']:.0f}"
             self._note(plan, {"status": "skipped", "reason": reason, "wall_s": 0.0})

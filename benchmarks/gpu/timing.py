@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+FILLER_BYTES = 256 << 20
 Call = Callable[[], Any]
 
 
@@ -67,10 +68,14 @@ def compare_us(
                 timed(times[name], calls[name])
         return times
     torch.cuda.synchronize()
+    # Cleared before each sample: it empties the L2 cache, and by the time that it is done the host
+    # has enqueued the call, so that launching it is no part of the sample.
+    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device="cuda")
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
     for index in range(rounds):
         for name in names if index % 2 == 0 else reversed(names):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            filler.zero_()
             begin.record()
             calls[name]()
             end.record()

@@ -85,6 +85,15 @@ def test_budget_grants_the_limit_then_what_is_left_then_nothing():
     assert budget.grant_s(facts) is None
 
 
+def test_a_section_leaves_the_later_ones_their_minimum():
+    clock = Clock()
+    tests, serving = (one for one in SECTIONS if one.name in ("tests", "serving"))
+    budget = Budget(tests.limit_s + serving.minimum_s / 2 + RESERVED_SECONDS, clock)
+    assert budget.grant_s(tests, [serving]) == tests.limit_s - serving.minimum_s / 2
+    clock.now += tests.limit_s
+    assert budget.grant_s(tests, [serving]) == tests.minimum_s  # the more important one goes first
+
+
 def test_what_no_longer_fits_is_skipped_and_noted(tmp_path):
     run = Run(out=tmp_path, dry_run=False, budget_s=3.0, seed=0)
     run.run_all(SECTIONS)
