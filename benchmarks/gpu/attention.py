@@ -49,7 +49,7 @@ from .attention_calls import (
 )
 from .caches import ModelShape, admit, attend_exactly, fill, make_cache, model_shape, relative_error
 from .section import Section, run_section
-from .timing import capture, compare_us, spread
+from .timing import capture, compare_us, measure_copy, spread
 
 MAX_TOKENS = 262_144  # 32 GiB of K and V in the 8B shape, and as much again in blocks
 MAX_LEN = 32_768
@@ -106,7 +106,7 @@ class Blocks:
 def main(section: Section) -> None:
     shape = model_shape(section)
     torch.manual_seed(section.seed)
-    copy = measure_copy(section)
+    copy = measure_copy(section.device)
     section.put("copy_gb_per_s", copy)
     cases, max_len, num_tokens = CASES, MAX_LEN, MAX_TOKENS
     if section.dry_run:
@@ -129,19 +129,6 @@ def main(section: Section) -> None:
             row = measure_case(section, shape, cache, blocks, phase, size, length, copy["median"])
             section.add("rows", row)
     cache.close()
-
-
-def measure_copy(section: Section) -> dict[str, float]:
-    """GB/s of a large copy on the device, read plus written."""
-    num_bytes = 1 << (20 if section.dry_run else 33)
-    source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=section.device).normal_()
-    target = torch.empty_like(source)
-    copy = partial(target.copy_, source)
-    times = compare_us({"copy": copy}, device=section.device, rounds=8)["copy"]
-    del source, target, copy
-    if not section.dry_run:
-        torch.cuda.empty_cache()  # pages come from the driver, past torch's allocator
-    return spread([2 * num_bytes / us / 1e3 for us in times], 1)
 
 
 def measure_case(

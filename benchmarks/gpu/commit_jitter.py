@@ -119,10 +119,13 @@ def empty_slots(cache: VirtualKVCache, num_seqs: int) -> None:
         cache.truncate(seq_id, 0)
     cache.free(range(num_seqs))
     cache.end_step(step)
-    # Pages come back once a later step finds that the one that may still read them is over.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    cache.end_step(cache.begin_step())
+    # Pages come back once a later step finds that the one that may still read them is over.
+    for _ in range(4):
+        cache.end_step(cache.begin_step())
+    if cache.stats().retired_pages:
+        raise RuntimeError(f"{cache.stats().retired_pages} pages still wait for an ended step")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from vmalloc.cuda_devices import find_devices
 
 from .devices import make_driver
 from .section import Section, run_section
-from .timing import compare_us, spread, timed
+from .timing import compare_us, measure_copy, spread, timed
 
 SMI_FIELDS = (
     "name,driver_version,pci.bus_id,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,"
@@ -134,8 +134,6 @@ def torch_device() -> dict[str, Any]:
 
 def measure_ceilings() -> dict[str, Any]:
     """Copy bandwidth, matrix rate and the two ways over PCIe, on random data."""
-    source = torch.randn(1 << 31, device="cuda", dtype=torch.bfloat16)  # 4 GiB: past the L2
-    target = torch.empty_like(source)
     size = 8192
     left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     right = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
@@ -143,7 +141,6 @@ def measure_ceilings() -> dict[str, Any]:
     on_device = torch.empty_like(pinned, device="cuda")
     times = compare_us(
         {
-            "copy": lambda: target.copy_(source),
             "product": lambda: left @ right,
             "up": lambda: on_device.copy_(pinned, non_blocking=True),
             "down": lambda: pinned.copy_(on_device, non_blocking=True),
@@ -151,9 +148,9 @@ def measure_ceilings() -> dict[str, Any]:
         device="cuda",
         rounds=12,
     )
-    moved, flops = 2 * source.numel() * 2, 2 * size**3
+    flops = 2 * size**3
     return {
-        "copy_gb_per_s": spread([moved / us / 1e3 for us in times["copy"]], 1),
+        "copy_gb_per_s": measure_copy("cuda"),
         "bf16_tflop_per_s": spread([flops / us / 1e6 for us in times["product"]], 1),
         "host_to_device_gb_per_s": spread([pinned.numel() / us / 1e3 for us in times["up"]], 2),
         "device_to_host_gb_per_s": spread([pinned.numel() / us / 1e3 for us in times["down"]], 2),

@@ -2,7 +2,7 @@
 
 result: ``suites`` {name: {passed, failed, skipped, seconds, returncode}}; ``failures`` [{suite,
 test, message}]. The JUnit reports of all suites go to ``gpu_tests.xml`` beside the section's file.
-A dry run collects the tests and runs none. Fails if a test does.
+A dry run collects the tests (``collected``) and runs none. Fails if a test does, or if none ran.
 
 Warnings are no errors here: the machine's versions are not the ones that the suite is kept clean
 for.
@@ -32,14 +32,11 @@ NO_TESTS = 5  # pytest's exit status where nothing was collected
 
 
 def main(section: Section) -> None:
+    if section.dry_run:
+        section.put("collected", collect(list(SUITES), section.left_s()))
+        return
     reports: list[Path] = []
     for folder, share in SUITES.items():
-        if not (ROOT / folder).is_dir():
-            section.skip(folder, "no such folder")
-            continue
-        if section.dry_run:
-            collect(section, folder)
-            continue
         report = section.out.parent / f"{folder.replace('/', '_')}.xml"
         suites = section.result.get("suites", {})
         section.put(
@@ -49,21 +46,22 @@ def main(section: Section) -> None:
             reports.append(report)
             merge_reports(reports, section.out.parent / "gpu_tests.xml")
             section.put("failures", read_failures(reports))
-    if section.dry_run:
-        return
-    bad = {name: one for name, one in section.result["suites"].items() if one["returncode"] != 0}
+    bad = [
+        f"{name}: {one['passed']} passed, {one['failed']} failed, exit status {one['returncode']}"
+        for name, one in section.result["suites"].items()
+        if one["returncode"] != 0 or one["passed"] == 0
+    ]
     if bad:
-        text = ", ".join(f"{name}: {one['failed']} failed" for name, one in bad.items())
-        raise RuntimeError(f"{text} (exit {[one['returncode'] for one in bad.values()]})")
+        raise RuntimeError("; ".join(bad))
 
 
-def collect(section: Section, folder: str) -> None:
-    """See that every test file of a folder imports."""
-    done = _pytest([folder, "--collect-only"], seconds=section.left_s())
+def collect(folders: list[str], seconds: float) -> str:
+    """See that every test file imports; pytest's last line."""
+    done = _pytest([*folders, "--collect-only"], seconds=seconds)
     print(done.stdout, flush=True)
     if done.returncode not in (0, NO_TESTS):
-        raise RuntimeError(f"collecting {folder} gave {done.returncode}")
-    section.add("collected", {"suite": folder, "last_line": done.stdout.strip().splitlines()[-1]})
+        raise RuntimeError(f"collecting {', '.join(folders)} gave {done.returncode}")
+    return done.stdout.strip().splitlines()[-1]
 
 
 def run_suite(folder: str, report: Path, seconds: float) -> dict[str, Any]:

@@ -27,13 +27,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
-from vmalloc import _core
-
-from .devices import make_driver
 from .prepare import ROOT
-from .section import Section, run_section
+from .section import STAND_IN, Section, run_section
 from .timing import spread, timed
 
 PAGE_BYTES = 2 << 20
@@ -73,11 +68,15 @@ def _run_child(section: Section, allocator: str) -> None:
         lines = done.stderr.strip().splitlines() or ["died without a word"]
         section.skip(f"rest of {allocator}", f"exit status {done.returncode}: {lines[-1][:200]}")
     else:
-        section.set_driver("stand-in" if section.dry_run else "cuda")
+        section.set_driver(STAND_IN if section.dry_run else "cuda")
 
 
 def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str, Any]:
     """One slot of a core arena: grows new, is trimmed; grows over kept pages, gives them back."""
+    from vmalloc import _core
+
+    from .devices import make_driver
+
     driver = make_driver(section, PAGE_BYTES)
     row_bytes = 128 << 10
     rows = num_pages * PAGE_BYTES // row_bytes
@@ -121,6 +120,7 @@ def measure_vmalloc(section: Section, num_pages: int, repeats: int) -> dict[str,
 
 def measure_kvcached(section: Section, num_pages: int, repeats: int) -> dict[str, Any]:
     """Pages of one KV tensor of one layer, contiguous layout: a page is one 2 MiB mapping."""
+    import torch
     from kvcached import vmm_ops
 
     torch.zeros(1, device="cuda")
@@ -138,6 +138,7 @@ def measure_kvcached(section: Section, num_pages: int, repeats: int) -> dict[str
 
 def measure_torch_memory_saver(section: Section, num_pages: int, repeats: int) -> dict[str, Any]:
     """Allocations of 2 MiB under a tag, paused and resumed together."""
+    import torch
     from torch_memory_saver.binary_wrapper import BinaryWrapper
     from torch_memory_saver.hooks.mode_torch import HookUtilModeTorch
 
@@ -163,6 +164,8 @@ def measure_torch_memory_saver(section: Section, num_pages: int, repeats: int) -
 
 
 def _time_pair(grow: Callable[[], Any], shrink: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    import torch
+
     times: dict[str, list[float]] = {"grow": [], "give_back": []}
     given_back = 0
     for _ in range(repeats):

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -67,7 +68,6 @@ def build_extension() -> dict[str, object]:
     missing = [name for name in BUILD_TOOLS if find_spec(name) is None]
     if missing:
         raise RuntimeError(f"missing build tools: {', '.join(missing)}")
-    import ninja
     import pybind11
 
     start = time.monotonic()
@@ -76,7 +76,7 @@ def build_extension() -> dict[str, object]:
         [
             *cmake,
             *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
-            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
@@ -87,6 +87,15 @@ def build_extension() -> dict[str, object]:
         raise RuntimeError(f"no _core*.so in {BUILD} after the build")
     shutil.copy2(libraries[-1], ROOT / "vmalloc")
     return {"seconds": round(time.monotonic() - start, 1), "library": libraries[-1].name}
+
+
+def find_ninja() -> str:
+    """The program of the Python package, which may be beside Python and not on ``PATH``."""
+    places = [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ["PATH"]]
+    found = shutil.which("ninja", path=os.pathsep.join(places))
+    if found is None:
+        raise RuntimeError(f"no program ninja in {os.pathsep.join(places)}")
+    return found
 
 
 def build_stand_in() -> str:

@@ -56,6 +56,7 @@ DRY_RUN_ENV = {
     "TRITON_INTERPRET": "1",
     "FAKECUDA_MEM_MB": "4096",
     "FAKECUDA_GRAN_KB": "64",
+    "FAKECUDA_CTL": "query_runs=1",  # what is asked after is done, as on an idle GPU
     "OMP_NUM_THREADS": "1",
 }
 

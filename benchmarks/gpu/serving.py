@@ -6,10 +6,10 @@ random weights made on the GPU. Seeded requests of ShareGPT-like lengths
 prefix caching off, so that both backends do the same work. Runs take turns: the order turns round
 in every round. With graphs, all requests are served once before the timed run.
 
-result: ``model`` {parameters, seconds to make}; ``workload``; ``runs`` [{kv_backend, cuda_graphs,
+result: ``copy_gb_per_s``; ``model`` {parameters, seconds to make}; ``workload``; ``runs`` [{kv_backend, cuda_graphs,
 round, kernel, driver, warm_up_s, output_tokens_per_s, total_tokens_per_s, seconds, steps, ttft_ms,
 tpot_ms, itl_ms (percentiles), peak_committed_bytes, peak_live_bytes, capacity_bytes, utilisation,
-torch_peak_bytes, critical_pages, background_pages, stall_us, preemptions}]; ``agreement`` {pair of
+roofline (what a median step must read, as share of the copy bandwidth), torch_peak_bytes, critical_pages, background_pages, stall_us, preemptions}]; ``agreement`` {pair of
 runs: share of output tokens before the first difference}.
 
 Expected: with graphs the step is bound by reading the weights (16 GB at the copy bandwidth) and
@@ -34,7 +34,7 @@ from vmalloc.engine import EngineConfig, LLMEngine, RequestOutputKind, SamplingP
 
 from ..workload import SHAREGPT, Request, describe_trace, make_trace
 from .section import STAND_IN, Section, run_section
-from .timing import percentiles
+from .timing import measure_copy, percentiles
 
 CASES = (("virtual", True), ("paged", True), ("virtual", False), ("paged", False))
 """Backend, and whether decode runs in CUDA graphs."""
@@ -50,6 +50,7 @@ MAX_ROUNDS = 2
 
 
 def main(section: Section) -> None:
+    section.put("copy_gb_per_s", measure_copy(section.device))
     model = make_model(section)
     trace = make_requests(section)
     section.put("workload", describe_trace(SHAREGPT, trace) | {"max_num_seqs": MAX_NUM_SEQS})
@@ -181,6 +182,8 @@ def serve(
             **latencies(arrivals, start),
             **memory(engine, before, section),
         }
+        row["roofline"] = roofline(model, engine, before, row["itl_ms"]["p50"])
+        row["roofline"] /= section.result["copy_gb_per_s"]["median"]
     finally:
         engine.close()
         del engine
@@ -255,6 +258,18 @@ def memory(engine: LLMEngine, before: KVCacheStats, section: Section) -> dict[st
         "device_used_bytes": 0 if section.dry_run else _device_used_bytes(),
         "preemptions": _preemptions(engine),
     }
+
+
+def roofline(
+    model: torch.nn.Module, engine: LLMEngine, before: KVCacheStats, step_ms: float
+) -> float:
+    """GB/s that a step of ``step_ms`` reads at least: the weights, and K and V of its tokens."""
+    embeddings = model.get_input_embeddings().weight.numel()  # of which it looks up a few rows
+    weights = sum(parameter.numel() for parameter in model.parameters()) - embeddings
+    stats = engine.kv_stats()
+    steps = max(1, stats.num_steps - before.num_steps)
+    live_bytes = (stats.live_byte_steps - before.live_byte_steps) / steps
+    return (2 * weights + live_bytes) / step_ms / 1e6
 
 
 def compare_outputs(outputs: dict[str, dict[str, list[int]]]) -> dict[str, float]:

@@ -102,7 +102,7 @@ def _probes(result: Row) -> None:
                 row["kernel"],
                 row["length"],
                 row["expected"],
-                row["found"],
+                _cut(row["found"], 40),
                 f"{row['rel_error']:.1e}" if row.get("rel_error") is not None else "",
                 row["is_as_expected"],
             )
@@ -132,22 +132,27 @@ def _driver_calls(result: Row) -> None:
 
 
 def _attention(result: Row) -> None:
-    print_rows(
-        f"attention, us a layer; copy {result['copy_gb_per_s']['median']:.0f} GB/s",
-        ("phase", "batch", "length", "kernel", "us", "of copy bandwidth"),
-        [
-            (
-                row["phase"],
-                row["batch"],
-                row["length"],
-                name,
-                _spread(one["us"]),
-                f"{one['roofline']:.2f}" if one.get("roofline") is not None else "",
-            )
-            for row in result["rows"]
-            for name, one in row["kernels"].items()
-        ],
-    )
+    copy = result["copy_gb_per_s"]["median"]
+    titles = {
+        "decode": f"decode attention, us a layer (share of the copy bandwidth, {copy:.0f} GB/s)",
+        "prefill": "prefill attention, us a layer (TFLOP/s)",
+    }
+    for phase, title in titles.items():
+        rows = [row for row in result["rows"] if row["phase"] == phase]
+        names = dict.fromkeys(name for row in rows for name in row["kernels"])
+        cases = [f"{row['batch']} x {row['length']}" for row in rows]
+        table = [
+            (name, *(_attention_cell(row["kernels"].get(name, {})) for row in rows))
+            for name in names
+        ]
+        print_rows(title, ("kernel", *cases), table)
+
+
+def _attention_cell(one: Row) -> str:
+    if "us" not in one:
+        return "error" if one else ""
+    rate = one.get("roofline", one.get("tflop_per_s", 0.0))
+    return f"{one['us']['median']:.1f} ({rate:.2f})"
 
 
 def _layout(result: Row) -> None:
@@ -191,7 +196,18 @@ def _jitter(result: Row) -> None:
 def _serving(result: Row) -> None:
     print_rows(
         "serving",
-        ("backend", "graphs", "tokens/s", "TPOT p50 ms", "ITL p50", "p99", "peak KV GiB", "used"),
+        (
+            "backend",
+            "graphs",
+            "tokens/s",
+            "TPOT p50 ms",
+            "ITL p50",
+            "p99",
+            "of copy bandwidth",
+            "peak KV GiB",
+            "held GiB",
+            "used",
+        ),
         [
             (
                 row["kv_backend"],
@@ -200,7 +216,9 @@ def _serving(result: Row) -> None:
                 f"{row['tpot_ms']['p50']:.2f}",
                 f"{row['itl_ms']['p50']:.2f}",
                 f"{row['itl_ms']['p99']:.2f}",
+                f"{row['roofline']:.2f}",
                 f"{row['peak_committed_bytes'] / 2**30:.2f}",
+                f"{row['created_bytes'] / 2**30:.2f}",
                 f"{row['utilisation']:.1%}",
             )
             for row in result["runs"]

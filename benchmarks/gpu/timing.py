@@ -3,6 +3,8 @@
 Contenders of one comparison take turns, each round in the other direction, so that drift of clocks
 and temperature hits all of them alike.
 
+torch is imported by what needs it: sections that only start others do without.
+
 Owns: nothing.  Thread-safety: functions without shared state; GPU work goes to the current stream.
 """
 
@@ -10,10 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 FILLER_BYTES = 256 << 20
 Call = Callable[[], Any]
@@ -67,6 +72,8 @@ def compare_us(
             for name in names if index % 2 == 0 else reversed(names):
                 timed(times[name], calls[name])
         return times
+    import torch
+
     torch.cuda.synchronize()
     # Cleared before each sample: it empties the L2 cache, and by the time that it is done the host
     # has enqueued the call, so that launching it is no part of the sample.
@@ -88,6 +95,21 @@ def compare_us(
     }
 
 
+def measure_copy(device: str) -> dict[str, float]:
+    """GB/s of a large copy on the device, read plus written: what others are held against."""
+    import torch
+
+    num_bytes = 1 << (20 if device == "cpu" else 33)
+    source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    times = compare_us({"copy": copy}, device=device, rounds=8)["copy"]
+    del source, target, copy
+    if device != "cpu":
+        torch.cuda.empty_cache()  # KV pages come from the driver, past torch's allocator
+    return spread([2 * num_bytes / us / 1e3 for us in times], 1)
+
+
 def capture(call: Call, *, device: str) -> Call:
     """A CUDA graph of ``call``, as the call that replays it; on CPU ``call`` itself.
 
@@ -95,6 +117,8 @@ def capture(call: Call, *, device: str) -> Call:
     """
     if device == "cpu":
         return call
+    import torch
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -117,6 +141,8 @@ class Load:
     """
 
     def __init__(self, depth: int = 4, size: int = 16384) -> None:
+        import torch
+
         self._stream = torch.cuda.Stream()
         self._depth = depth
         self._left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
@@ -125,6 +151,8 @@ class Load:
 
     def keep(self) -> None:
         """Top up what is in flight."""
+        import torch
+
         self._events = [event for event in self._events if not event.query()]
         while len(self._events) < self._depth:
             with torch.cuda.stream(self._stream):

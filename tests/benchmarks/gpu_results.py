@@ -121,6 +121,7 @@ def made_up_results() -> dict[str, Any]:
                     "peak_committed_bytes": 2 << 30,
                     "peak_live_bytes": 1 << 30,
                     "utilisation": 0.95,
+                    "roofline": 0.7,
                 }
                 for kind in ("virtual", "paged")
                 for has_graphs in (True, False)
