@@ -12,6 +12,7 @@ from torch import Tensor
 from .logprobs import token_logprobs
 from .outputs import CompletionOutput, Logprob
 from .sequence_group import SequenceGroup
+from .transfer import take_rows
 
 
 def advance_beams(
@@ -40,7 +41,8 @@ def advance_beams(
         rows = [*step.parent_idx, *(hypothesis.parent_idx for hypothesis in step.finished)]
         rows = [min(row, len(logits) - 1) for row in rows]
         token_ids = [*step.token_ids, *last_ids]
-        new_logprobs = token_logprobs(logits[rows], token_ids, [num_logprobs] * len(rows))
+        counts = [num_logprobs] * len(rows)
+        new_logprobs = token_logprobs(take_rows(logits, rows), token_ids, counts)
         name_candidates(new_logprobs)
         for hypothesis, entry in zip(step.finished, new_logprobs[len(seqs) :], strict=True):
             hypothesis.logprobs = [*seqs[hypothesis.parent_idx].logprobs, entry]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .outputs import Logprob
+from .transfer import to_device, to_host
 
 NO_BEAM = -1.0e9
 """Added to the score of what must not be chosen; finite, so chosen for want of better."""
@@ -130,23 +131,28 @@ class BeamSearch:
         Args:
             scores: log-probabilities of the next token, after any filters, ``[width, vocab_size]``
                 in the order of the last step's beams; the first step takes ``[1, vocab_size]`` too.
+                On any device: the best few come to the host.
         """
         if self._is_done:
             raise ValueError("the beam search is over")
         vocab_size = scores.shape[1]
         if self._num_tokens == 0:
             scores = scores[:1].expand(self._width, vocab_size)
-        totals = (scores.float() + self._running_scores[0, :, None]).reshape(1, -1)
+        running = to_device(self._running_scores[0], scores.device)
+        totals = (scores.float() + running[:, None]).reshape(1, -1)
+        # The rest goes by few numbers, and on the host.
         best = torch.topk(totals, k=min(self._num_candidates, totals.shape[1]))
-        parents, token_ids = best.indices // vocab_size, best.indices % vocab_size
+        best_totals, places = map(torch.from_numpy, to_host(best.values, best.indices))
+        best_totals, places = best_totals.float(), places.long()
+        parents, token_ids = places // vocab_size, places % vocab_size
         num_tokens = self._num_tokens + 1
         if num_tokens >= self._max_tokens:
             has_ended = torch.ones_like(token_ids, dtype=torch.bool)
         else:
             has_ended = torch.isin(token_ids, self._end_ids)
         candidates = list(zip(parents[0].tolist(), token_ids[0].tolist(), strict=True))
-        finished = self._keep_finished(candidates, best.values, has_ended)
-        kept_parents, kept_tokens = self._keep_running(candidates, best.values, has_ended)
+        finished = self._keep_finished(candidates, best_totals, has_ended)
+        kept_parents, kept_tokens = self._keep_running(candidates, best_totals, has_ended)
         self._num_tokens = num_tokens
         self._is_done = self._has_stopped(bool(has_ended.all()))
         return BeamStep(kept_parents, kept_tokens, finished, self._is_done)

@@ -10,13 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from .. import create_kv_backend
 from ..backend import KVBackend
 from ..config import DEFAULT_PAGE_BYTES, KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError
+from ..kernels.select import AttentionKernels
+from .cache_factory import CacheFactory
 from .config import EngineConfig
 from .host_memory import available_bytes
 from .model_loader import context_tokens
+from .probe import ProbedModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,10 @@ DEFAULT_MEMORY_SHARE = 0.25
 """Share of the available memory that the KV cache may take when no cap is given."""
 
 DEFAULT_SWAP_SHARE = 0.1
-"""Share of the available memory that swapped-out KV may take when no limit is given."""
+"""Share of the host's available memory that swapped-out KV may take when no limit is given."""
+
+_DEFAULT_PAGE_BYTES = {"cpu": DEFAULT_PAGE_BYTES, "cuda": 2 << 20}
+"""For an estimate: the driver says what it really is."""
 
 
 def resolve_max_model_len(model: torch.nn.Module, config: EngineConfig) -> int:
@@ -40,22 +45,32 @@ def resolve_max_model_len(model: torch.nn.Module, config: EngineConfig) -> int:
 
 
 def resolve_config(
-    config: EngineConfig, layers: tuple[LayerKVSpec, ...], max_model_len: int
+    config: EngineConfig,
+    layers: tuple[LayerKVSpec, ...],
+    max_model_len: int,
+    device: torch.device,
+    device_limit: int | None = None,
 ) -> EngineConfig:
-    """``config`` with every None that the engine decides filled in."""
+    """``config`` with every None, and every "auto" of the device, filled in.
+
+    ``device_limit``: bytes of KV that the device has room for; None: what the host has is shared.
+    """
     token_bytes = sum(layer.token_bytes for layer in layers)
-    page_bytes = config.page_size or DEFAULT_PAGE_BYTES
+    page_bytes = config.page_size or _DEFAULT_PAGE_BYTES[device.type]
     num_groups = -(-len(layers) // (config.layers_per_group or len(layers)))
     # Full length for everyone, each with a partly used page in every group.
     most = config.max_num_seqs * (max_model_len * token_bytes + 2 * num_groups * page_bytes)
     cap = config.kv_cache_memory_bytes
     if cap is None:
-        cap = min(int(available_bytes() * DEFAULT_MEMORY_SHARE), most)
+        if device_limit is None:
+            device_limit = int(available_bytes() * DEFAULT_MEMORY_SHARE)
+        cap = min(device_limit, most)
     swap = config.swap_space_bytes
     if swap is None:
         swap = min(int(available_bytes() * DEFAULT_SWAP_SHARE), cap)
     return replace(
         config,
+        device=str(device),
         kv_cache_memory_bytes=cap,
         swap_space_bytes=swap,
         max_model_len=max_model_len,
@@ -63,14 +78,17 @@ def resolve_config(
     )
 
 
-def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBackend:
-    """The KV cache of a resolved config. A cap below one full-length sequence only warns."""
+def create_cache(
+    config: EngineConfig, probed: ProbedModel, caches: CacheFactory
+) -> tuple[KVBackend, AttentionKernels]:
+    """The KV cache of a resolved config, and kernels over it. A cap below one full-length sequence
+    only warns."""
     assert config.max_model_len is not None
     assert config.kv_cache_memory_bytes is not None
     assert config.swap_space_bytes is not None
-    backend = create_kv_backend(
+    backend, kernels = caches.make(
         KVCacheConfig(
-            layers=layers,
+            layers=probed.layers,
             max_num_seqs=config.max_num_seqs,
             max_seq_len=config.max_model_len,
             capacity_bytes=config.kv_cache_memory_bytes,
@@ -82,7 +100,7 @@ def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBac
             swap_bytes=config.swap_space_bytes,
             commit_policy=config.commit_policy,
         ),
-        kind=config.kv_backend,
+        probed.num_heads,
     )
     if backend.max_seq_tokens() < config.max_model_len:
         logger.warning(
@@ -92,4 +110,4 @@ def create_cache(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVBac
             backend.max_seq_tokens(),
             config.max_model_len,
         )
-    return backend
+    return backend, kernels

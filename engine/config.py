@@ -5,14 +5,16 @@ Owns: nothing.  Thread-safety: immutable.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..config import CommitPolicy
 from ..errors import ConfigError
 
-DtypeName = Literal["auto", "float32", "bfloat16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KVBackendName = Literal["auto", "virtual", "paged"]
+KVDriverName = Literal["auto", "host", "cuda", "null"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PreemptionMode = Literal["auto", "swap", "recompute"]
 
@@ -28,11 +30,25 @@ class EngineConfig:
     """How an engine runs; None means "derived from the model and the host".
 
     Attributes:
+        device: where the model computes and K and V live: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            ``"auto"``: a GPU that torch can use, else the CPU; a module that is passed ready built
+            stays where it is.
         dtype: element type of weights, activations and KV. ``"auto"`` computes in float32 on CPU,
-            whatever the checkpoint stores; a module that is passed ready built keeps its own.
+            whatever the checkpoint stores, and on a GPU in the checkpoint's type if that has 16
+            bits, else in bfloat16; a module that is passed ready built keeps its own.
         kv_backend: which KV cache; ``"auto"`` takes the best one for this host.
-        kv_cache_memory_bytes: hard cap on physical KV memory. None: the smaller of a quarter of
-            the available memory and what ``max_num_seqs`` full-length sequences take.
+        kv_driver: where the KV cache's pages come from; ``"auto"`` goes by the device.
+        kv_cache_memory_bytes: hard cap on physical KV memory. None on CPU: the smaller of a
+            quarter of the available memory and what ``max_num_seqs`` full-length sequences take;
+            on a GPU ``gpu_memory_utilization`` takes the place of the quarter.
+        gpu_memory_utilization: share of a GPU's memory that everything together may take: weights,
+            activations, KV and what others have there already.
+        enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA
+            graphs.
+        compile: decode through ``torch.compile``; starting takes minutes.
+        cuda_graph_sizes: batch sizes to capture decode graphs for; smaller batches are filled up,
+            larger ones launched kernel by kernel. None: 1, 2, 4 and each multiple of 8 up to
+            ``max_num_seqs``.
         max_model_len: most tokens of one sequence, prompt included. None: the model's context.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; longer prompts are computed in chunks.
@@ -56,9 +72,15 @@ class EngineConfig:
         max_logprobs: most logprobs a request may ask for at one position.
     """
 
+    device: str = "auto"
     dtype: DtypeName = "auto"
     kv_backend: KVBackendName = "auto"
+    kv_driver: KVDriverName = "auto"
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    compile: bool = False
+    cuda_graph_sizes: tuple[int, ...] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
@@ -76,8 +98,10 @@ class EngineConfig:
     max_logprobs: int = 20
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _check_device(self.device)
+        _check_choice("dtype", self.dtype, get_args(DtypeName))
         _check_choice("kv_backend", self.kv_backend, get_args(KVBackendName))
+        _check_choice("kv_driver", self.kv_driver, get_args(KVDriverName))
         _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
         _check_choice("commit_policy", self.commit_policy, get_args(CommitPolicy))
@@ -93,6 +117,8 @@ class EngineConfig:
             _check_int(name, getattr(self, name), 1)
         for name in ("swap_space_bytes", "commit_ahead_tokens", "seed", "max_logprobs"):
             _check_int(name, getattr(self, name), 0)
+        _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
+        _check_graph_sizes(self.cuda_graph_sizes, self.max_num_seqs)
         if (
             self.max_num_batched_tokens is not None
             and self.max_num_batched_tokens < self.max_num_seqs
@@ -113,6 +139,29 @@ class EngineConfig:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; supported: {', '.join(choices)}")
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise ConfigError(f"device is {device!r}; supported: auto, cpu, cuda, cuda:N")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
+
+
+def _check_graph_sizes(sizes: tuple[int, ...] | None, max_num_seqs: int) -> None:
+    if sizes is None:
+        return
+    if not sizes:
+        raise ConfigError("cuda_graph_sizes is empty; use enforce_eager for no CUDA graphs")
+    for size in sizes:
+        _check_int("cuda_graph_sizes", size, 1)
+        if size > max_num_seqs:
+            raise ConfigError(
+                f"cuda_graph_sizes holds {size}; it must be at most max_num_seqs, {max_num_seqs}"
+            )
 
 
 def _check_int(name: str, value: int | None, minimum: int) -> None:

@@ -5,6 +5,7 @@ Owns: the text of tokens seen in logprobs.  Thread-safety: none; one engine thre
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from .scheduler import Scheduler
 from .sequence import Sequence
 from .sequence_group import SequenceGroup
 from .stop import check_stop, complete_text
+from .transfer import take_rows
 
 
 def scored_prompts(batch: ScheduledBatch) -> frozenset[int]:
@@ -70,26 +72,27 @@ class Generation:
         self._decoded_tokens: dict[int, str] = {}
 
     def advance(
-        self, batch: ScheduledBatch, logits: Tensor, now: float, ended: list[SequenceGroup]
+        self, batch: ScheduledBatch, logits: Tensor, ended: list[SequenceGroup]
     ) -> list[SequenceGroup]:
         """Append tokens; returns the groups that have something new.
 
         Args:
             logits: float32 ``[num_rows, vocab_size]`` as ``ModelRunner.forward`` gives them, every
                 row of ``scored_prompts(batch)`` included.
-            now: seconds of ``time.monotonic()``.
             ended: takes the groups that end here, also if this raises. Sequences without a new
                 token are then as if their last one was never run.
         """
         ends, scored = self._read(batch, logits)
         sampled = None
         if ends.seqs:
-            is_all = ends.rows == list(range(len(logits)))
-            sampled = sample(ends.seqs, logits if is_all else logits[ends.rows])
-        beams = [
-            (group, logits[rows], *score_beams(group.active[: len(rows)], logits[rows]))
-            for group, rows in ends.beams
-        ]
+            sampled = sample(ends.seqs, take_rows(logits, ends.rows))
+        beams = []
+        for group, rows in ends.beams:
+            own_logits = take_rows(logits, rows)
+            scored_beams = score_beams(group.active[: len(rows)], own_logits)
+            beams.append((group, own_logits, *scored_beams))
+        # Tokens have come to the host by now, so what computed them is done.
+        now = time.monotonic()
         try:
             self._scheduler.complete(batch)
             for part in batch.groups:
@@ -104,9 +107,9 @@ class Generation:
                     group.metrics.first_token_time = now
             if sampled is not None:
                 self._append_all(ends, sampled)
-            for group, rows, scores, error in beams:
+            for group, own_logits, scores, error in beams:
                 if error is None:
-                    error = advance_beams(group, rows, scores, self._name_candidates)
+                    error = advance_beams(group, own_logits, scores, self._name_candidates)
                 if error is not None:
                     _fail(group, error)
         finally:

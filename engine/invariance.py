@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..config import LayerKVSpec
 from ..errors import ConfigError
+from .cache_factory import CacheFactory
 from .model_loader import vocab_size
-from .trial import BackendFactory, run_trial
+from .probe import ProbedModel
+from .trial import run_trial
 
 SUBJECT_TOKENS = 11
 MATE_TOKENS = (1, 5, 13, 29, 61, 125)
@@ -20,22 +21,27 @@ MATE_TOKENS = (1, 5, 13, 29, 61, 125)
 
 
 def check_batch_invariance(
-    model: torch.nn.Module, layers: tuple[LayerKVSpec, ...], create_backend: BackendFactory
+    model: torch.nn.Module, probed: ProbedModel, caches: CacheFactory
 ) -> None:
     """Raise ``ConfigError`` unless a sequence's logits are bitwise the same beside any mates."""
     any_model: Any = model
     limit = vocab_size(model)
     subject = [(5 + 101 * idx) % limit for idx in range(SUBJECT_TOKENS)]
     mates = [[(7 + 37 * idx + num) % limit for idx in range(num)] for num in MATE_TOKENS]
-    alone = run_trial(any_model, layers, [subject], create_backend, batch_invariant=True)[0]
+
+    def logits_beside(batch: list[list[int]]) -> torch.Tensor:
+        prompts = [subject, *batch]
+        layers, num_heads = probed.layers, probed.num_heads
+        return run_trial(any_model, layers, num_heads, prompts, caches, batch_invariant=True)[0]
+
+    alone = logits_beside([])
     for batch in [*([mate] for mate in mates), mates]:
-        logits = run_trial(
-            any_model, layers, [subject, *batch], create_backend, batch_invariant=True
-        )[0]
+        logits = logits_beside(batch)
         if not torch.equal(alone, logits):
             difference = float((alone - logits).abs().max())
             raise ConfigError(
                 f"batch_invariant is True; {type(model).__name__} gives logits that differ by "
                 f"{difference:.1e} beside {sum(map(len, batch))} tokens of other sequences "
-                "(experts of a mixture see a varying number of rows)"
+                "(experts of a mixture see a varying number of rows; on a GPU so may a product's "
+                "parts)"
             )

@@ -1,7 +1,7 @@
 """The attention function that transformers calls for us: KV rows in, attended rows out.
 
-Owns: the name ``"vmalloc"`` in transformers' attention registry, and the batch that the current
-forward pass works on.
+Owns: the name ``"vmalloc"`` in transformers' attention registry, one for the process, and the batch
+that the current forward pass works on.
 Thread-safety: the current batch is a context variable, so threads do not see each other's.
 """
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from ..backend import KVBatchView
 from ..errors import VmallocError
-from ..kernels.cpu import append_kv, varlen_attention
+from ..kernels.select import AttentionKernels
 
 ATTENTION_NAME = "vmalloc"
 """Under this name models find us. It has no entry in the mask registry, so no mask is built."""
@@ -85,23 +85,30 @@ class PackedAttention:
     Args:
         layer_caches: K and V of each layer, as ``KVBackend.layer_views`` gives them.
         view: where the batch writes and reads.
+        kernels: what does it.
 
     Attributes:
         num_calls: how often it was called.
     """
 
-    __slots__ = ("_layer_caches", "_view", "num_calls")
+    __slots__ = ("_kernels", "_layer_caches", "_view", "num_calls")
 
-    def __init__(self, layer_caches: list[tuple[Tensor, Tensor]], view: KVBatchView) -> None:
+    def __init__(
+        self,
+        layer_caches: list[tuple[Tensor, Tensor]],
+        view: KVBatchView,
+        kernels: AttentionKernels,
+    ) -> None:
         self._layer_caches = layer_caches
         self._view = view
+        self._kernels = kernels
         self.num_calls = 0
 
     def __call__(self, call: AttentionCall) -> Tensor:
         self.num_calls += 1
         k_cache, v_cache = self._layer_caches[call.layer_idx]
-        append_kv(call.key, call.value, k_cache, v_cache, self._view)
-        return varlen_attention(
+        self._kernels.append_kv(call.key, call.value, k_cache, v_cache, self._view)
+        return self._kernels.varlen_attention(
             call.query,
             k_cache,
             v_cache,
@@ -167,6 +174,21 @@ def vmalloc_attention(
     return out.unsqueeze(0), None
 
 
+_registered: Callable[..., Any] = vmalloc_attention
+
+
 def register_attention() -> None:
     """Make ``attn_implementation="vmalloc"`` known to transformers. Idempotent."""
-    AttentionInterface.register(ATTENTION_NAME, vmalloc_attention)
+    AttentionInterface.register(ATTENTION_NAME, _registered)
+
+
+def keep_attention_out_of_compilation() -> None:
+    """Let compiled models call our attention as it is: it hands addresses to kernels.
+
+    From then on in this process; it takes a microsecond or two a call, and loads the compiler.
+    """
+    global _registered
+    if _registered is vmalloc_attention:
+        compiler: Any = torch.compiler
+        _registered = compiler.disable(vmalloc_attention)
+    register_attention()

@@ -16,7 +16,15 @@ import torch
 from ..backend import KVCacheStats
 from ..config import CommitPolicy
 from ..errors import ConfigError, VmallocError
-from .config import DtypeName, EngineConfig, KVBackendName, PreemptionMode, SchedulingPolicy
+from .config import (
+    DtypeName,
+    EngineConfig,
+    KVBackendName,
+    KVDriverName,
+    PreemptionMode,
+    SchedulingPolicy,
+)
+from .devices import choose_device
 from .llm_engine import LLMEngine
 from .model_loader import check_module, load_model, resolve_model_name
 from .outputs import CompletionOutput, RequestOutput
@@ -33,7 +41,7 @@ class LLM:
 
     Args:
         model: ``"demo"`` for the bundled checkpoint, a local folder, a hub id, or a transformers
-            module on CPU (whose attention is ours until ``close``).
+            module (whose attention is ours until ``close``), on the device it is to run on.
         tokenizer: folder, hub id or tokenizer object. None: the model's own; a module that is
             passed ready built has none.
         skip_tokenizer_init: work with token ids only.
@@ -48,9 +56,15 @@ class LLM:
         tokenizer: Any = None,
         *,
         skip_tokenizer_init: bool = False,
+        device: str = "auto",
         dtype: DtypeName = "auto",
         kv_backend: KVBackendName = "auto",
+        kv_driver: KVDriverName = "auto",
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        compile: bool = False,
+        cuda_graph_sizes: tuple[int, ...] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None,
@@ -68,9 +82,15 @@ class LLM:
         max_logprobs: int = 20,
     ) -> None:
         config = EngineConfig(
+            device=device,
             dtype=dtype,
             kv_backend=kv_backend,
+            kv_driver=kv_driver,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+            compile=compile,
+            cuda_graph_sizes=cuda_graph_sizes,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -89,10 +109,10 @@ class LLM:
         )
         if isinstance(model, str | os.PathLike):
             name = resolve_model_name(os.fspath(model))
-            module = load_model(name, dtype)
+            module = load_model(name, dtype, choose_device(device))
             tokenizer = name if tokenizer is None else tokenizer
         else:
-            check_module(model, dtype)
+            check_module(model, dtype, device)
             module = model.eval()
         if skip_tokenizer_init:
             tokenizer = None

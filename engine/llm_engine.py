@@ -7,25 +7,22 @@ Thread-safety: none; one thread calls everything.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from .. import create_kv_backend
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
-from ..kernels.cpu import kernel_name
-from .cache_setup import create_cache, resolve_config, resolve_max_model_len
+from .assembly import assemble
+from .compute_stream import StepTimer, current_stream_handle
 from .config import EngineConfig
+from .decode_graphs import DecodeGraphs, Recorder
 from .generation import Generation, scored_prompts
-from .invariance import check_batch_invariance
-from .model_lease import ModelLease
 from .model_loader import end_token_ids, vocab_size
-from .model_runner import ModelRunner
 from .outputs import RequestOutput
-from .probe import probe_model
 from .reporting import report
 from .request_reader import Prompt, RequestReader
 from .sampling_params import SamplingParams
@@ -33,35 +30,51 @@ from .schedule import ScheduledBatch, SchedulerStats
 from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_stream(
+    method: Callable[Concatenate[LLMEngine, P], R],
+) -> Callable[Concatenate[LLMEngine, P], R]:
+    """What the method enqueues goes to the engine's stream."""
+
+    @wraps(method)
+    def call(self: LLMEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._stream.use():
+            return method(self, *args, **kwargs)
+
+    return call
+
 
 class LLMEngine:
     """Continuous batching over one model and one KV cache.
 
     Args:
-        model: a transformers decoder in eval mode on CPU. Its attention is the engine's until
-            ``close``.
+        model: a transformers decoder in eval mode, on the device it is to run on. Its attention is
+            the engine's until ``close``.
         tokenizer: its tokenizer, or None to work with token ids only.
         config: settings; ``engine.config`` has every None filled in.
+        recorder: what decodes are recorded with, for tests; None: CUDA graphs on a GPU.
 
     Raises ``UnsupportedModelError`` if the model fails the load probe, ``ConfigError`` for a
     setting that cannot work and for a model that another engine has.
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Any = None, config: EngineConfig | None = None
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any = None,
+        config: EngineConfig | None = None,
+        *,
+        recorder: Recorder | None = None,
     ) -> None:
-        config = config or EngineConfig()
-        max_model_len = resolve_max_model_len(model, config)
-        self._lease = ModelLease(model, max_model_len, owner=self)
-        try:
-            probed = probe_model(model, create_kv_backend)
-            if config.batch_invariant:
-                check_batch_invariance(model, probed.layers, create_kv_backend)
-            self.config = resolve_config(config, probed.layers, max_model_len)
-            self._backend = create_cache(self.config, probed.layers)
-        except BaseException:
-            self._lease.give_back()
-            raise
+        parts = assemble(model, config or EngineConfig(), owner=self, recorder=recorder)
+        self.config = parts.config
+        self._stream, self._lease = parts.stream, parts.lease
+        self._backend, self._kernels = parts.backend, parts.kernels
+        self._runner = parts.runner
+        self._timer = StepTimer(parts.stream.device)
         self._model = model
         self._tokenizer = tokenizer
         self._requests: dict[str, SequenceGroup] = {}
@@ -77,7 +90,6 @@ class LLMEngine:
             end_token_ids=end_token_ids(model, tokenizer),
             config=self.config,
         )
-        self._runner = ModelRunner(model, self._backend, batch_invariant=config.batch_invariant)
         self._scheduler = Scheduler(
             self._backend,
             max_num_seqs=self.config.max_num_seqs,
@@ -110,7 +122,13 @@ class LLMEngine:
     @property
     def kernel_name(self) -> str:
         """The attention kernel that works on the KV cache, e.g. ``"cpu_contiguous_avx2"``."""
-        return kernel_name(self._backend.batch_view((), ()))
+        with self._stream.use():
+            return self._kernels.kernel_name(self._backend.batch_view((), ()))
+
+    @property
+    def decode_graphs(self) -> DecodeGraphs | None:
+        """What decodes are recorded in; None where every step is launched kernel by kernel."""
+        return self._runner.decodes
 
     def stats(self) -> SchedulerStats:
         """Queues and counters of preemption."""
@@ -137,6 +155,7 @@ class LLMEngine:
         request = self._reader.read(prompt, params)
         return {"prompt": request.text, "prompt_token_ids": request.token_ids}
 
+    @_on_stream
     def add_request(
         self,
         request_id: str,
@@ -164,6 +183,7 @@ class LLMEngine:
         self._requests[request_id] = group
         self._scheduler.add(group, may_prefetch=not self._is_asleep)
 
+    @_on_stream
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests and free their KV; unknown and finished ones are ignored."""
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
@@ -177,6 +197,7 @@ class LLMEngine:
         if self._ended:
             self._ended = [group for group in self._ended if group not in aborted]
 
+    @_on_stream
     def step(self) -> list[RequestOutput]:
         """Compute one step; outputs of the requests that have something to report.
 
@@ -188,10 +209,12 @@ class LLMEngine:
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
         logits = self._compute(batch)
-        now = time.monotonic()
         to_report = list(self._ended)
         if logits is not None:
-            to_report.extend(self._generation.advance(batch, logits, now, self._ended))
+            to_report.extend(self._generation.advance(batch, logits, self._ended))
+        for num_tokens, seconds in self._timer.take_finished():
+            self._scheduler.cost.observe_prefill(num_tokens, seconds)
+        now = time.monotonic()
         outputs = []
         for group in to_report:
             if group.is_finished:
@@ -203,6 +226,7 @@ class LLMEngine:
         self._ended.clear()
         return outputs
 
+    @_on_stream
     def sleep(self) -> None:
         """Give the KV memory back to the system until ``wake``; requests stay.
 
@@ -216,6 +240,7 @@ class LLMEngine:
                 raise VmallocError("the KV cache cannot sleep although no sequence is live")
         self._is_asleep = True
 
+    @_on_stream
     def wake(self) -> bool:
         """Go on after ``sleep``; False, and still asleep, if there is no memory for it now."""
         self._check_open()
@@ -225,6 +250,7 @@ class LLMEngine:
             self._aborted_asleep.clear()
         return not self._is_asleep
 
+    @_on_stream
     def resize_kv_cache(self, num_bytes: int) -> None:
         """Move the cap on physical KV memory, also while requests run.
 
@@ -234,11 +260,13 @@ class LLMEngine:
         self._check_awake()
         self._backend.resize(num_bytes)
 
+    @_on_stream
     def flush_prefix_cache(self) -> int:
         """Forget cached prefixes that are neither pinned nor in use; the pages set free."""
         self._check_awake()
         return self._backend.flush_prefixes()
 
+    @_on_stream
     def pin_prefix(self, prompt: Prompt, cache_salt: str = "") -> int:
         """Keep what is cached of a prompt's KV until ``unpin_prefix``; the tokens pinned.
 
@@ -247,11 +275,13 @@ class LLMEngine:
         self._check_awake()
         return self._backend.pin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
 
+    @_on_stream
     def unpin_prefix(self, prompt: Prompt, cache_salt: str = "") -> int:
         """Undo one ``pin_prefix`` of the same prompt; the tokens unpinned."""
         self._check_awake()
         return self._backend.unpin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
 
+    @_on_stream
     def close(self) -> None:
         """Drop every request, give the KV memory back and the model its attention. Idempotent."""
         if self._is_closed:
@@ -260,6 +290,8 @@ class LLMEngine:
         self._requests.clear()
         self._ended.clear()
         try:
+            self._stream.synchronize()
+            self._runner.close()
             self._backend.close()
         finally:
             self._lease.give_back()
@@ -286,17 +318,15 @@ class LLMEngine:
 
     def _compute(self, batch: ScheduledBatch) -> torch.Tensor | None:
         """Run the model over a batch; its logits, None where the batch is empty."""
-        kv_step = self._backend.begin_step()
+        kv_step = self._backend.begin_step(current_stream_handle(self._stream.device))
         try:
             if not batch.seqs:
                 return None
             counts = batch.num_new_tokens
-            view = self._backend.batch_view([seq.seq_id for seq in batch.seqs], counts)
-            started = time.perf_counter()
-            logits = self._runner.forward(batch.seqs, counts, view, scored_prompts(batch))
+            self._timer.start()
+            logits = self._runner.forward(batch.seqs, counts, scored_prompts(batch))
             if max(counts) > 1:
-                seconds = time.perf_counter() - started
-                self._scheduler.cost.observe_prefill(sum(counts), seconds)
+                self._timer.stop(sum(counts))
             return logits
         finally:
             self._backend.end_step(kv_step)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from .penalties import TokenHistory, apply_penalties, has_penalties
 from .sampling_checks import num_processor_args
 from .sampling_params import SamplingParams
 from .structured_output import GrammarMatcher, StructuredOutputCompiler
+from .transfer import flat_places, take_rows, to_device
 
 if TYPE_CHECKING:
     from .sequence import Sequence
@@ -52,7 +54,7 @@ class SequenceFilters:
         bias = params.logit_bias or {}
         self.bias = list(bias), list(bias.values())
         allowed_ids = params.allowed_token_ids
-        self.allowed_ids = None if allowed_ids is None else torch.tensor(sorted(set(allowed_ids)))
+        self.allowed_ids = None if allowed_ids is None else np.array(sorted(set(allowed_ids)))
         self.processors = [
             (processor, num_processor_args(processor) == 3)
             for processor in params.logits_processors or ()
@@ -126,21 +128,19 @@ def apply_filters(seqs: SequenceABC[Sequence], logits: Tensor) -> tuple[Tensor, 
     ]
     if not filtered and not banned:
         return logits, {}
-    logits = logits.clone()
+    logits = logits.clone(memory_format=torch.contiguous_format)
     _penalize(seqs, filtered, logits)
     _add_bias(filtered, logits)
+    _keep_allowed(filtered, logits)
     for row, filters in filtered:
-        if filters.allowed_ids is not None:
-            kept = logits[row, filters.allowed_ids]
-            logits[row] = -torch.inf
-            logits[row, filters.allowed_ids] = kept
         if filters.bad_words:
             seq = seqs[row]
             words = banned_tokens(filters.bad_words, seq.token_ids, seq.num_prompt_tokens)
             banned.extend((row, token_id) for token_id in words)
     if banned:
-        rows, token_ids = zip(*banned, strict=True)
-        logits[list(rows), list(token_ids)] = -torch.inf
+        rows, columns = zip(*banned, strict=True)
+        places = flat_places(rows, columns, logits)
+        logits.view(-1).index_fill_(0, places, -torch.inf)
     errors = {}
     for row, filters in filtered:
         if filters.processors:
@@ -189,7 +189,20 @@ def _add_bias(filtered: _Filtered, logits: Tensor) -> None:
         ids.extend(filters.bias[0])
         values.extend(filters.bias[1])
     if rows:
-        logits[rows, ids] += torch.tensor(values, dtype=logits.dtype)
+        added = to_device(np.array(values, dtype=np.float32), logits.device)
+        logits.view(-1).index_add_(0, flat_places(rows, ids, logits), added)
+
+
+def _keep_allowed(filtered: _Filtered, logits: Tensor) -> None:
+    rows = [row for row, filters in filtered if filters.allowed_ids is not None]
+    if not rows:
+        return
+    lists = [filters.allowed_ids for _, filters in filtered if filters.allowed_ids is not None]
+    owners = np.repeat(rows, [len(ids) for ids in lists])
+    places = flat_places(owners, np.concatenate(lists), logits)
+    kept = logits.view(-1).index_select(0, places)
+    logits.index_fill_(0, to_device(np.array(rows), logits.device), -torch.inf)
+    logits.view(-1).index_copy_(0, places, kept)
 
 
 def _process(seq: Sequence, filters: SequenceFilters, logits: Tensor, row: int) -> str | None:
@@ -235,8 +248,9 @@ def _match(seqs: SequenceABC[Sequence], filtered: _Filtered, logits: Tensor) -> 
     for row, matcher in matched:
         matcher.follow(seqs[row].token_ids, seqs[row].num_prompt_tokens)
     rows, matchers = zip(*matched, strict=True)
-    allowed = matchers[0].compiler.allowed(matchers)
-    logits[list(rows)] = logits[list(rows)].masked_fill(~allowed, -torch.inf)
+    is_banned = to_device(~matchers[0].compiler.allowed(matchers), logits.device)
+    masked = take_rows(logits, rows).masked_fill(is_banned, -torch.inf)
+    logits.index_copy_(0, to_device(np.array(rows), logits.device), masked)
     return {
         row: f"structured_outputs cannot go on: {matcher.error}"
         for row, matcher in matched

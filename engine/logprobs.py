@@ -7,17 +7,61 @@ Owns: nothing.  Thread-safety: pure functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .outputs import Logprob
+from .transfer import to_device, to_host
 
 _ROWS_AT_ONCE = 128
 """Bounds the float32 copies that scoring a long prompt makes."""
 
 
+class TokenScores(NamedTuple):
+    """Scores of one token per row and of the row's likeliest ones, where the logits are.
+
+    Attributes:
+        chosen: ``[num_rows]`` log-probability of the token.
+        ranks: ``[num_rows]`` its place among all tokens, from 1.
+        top_values, top_ids: ``[num_rows, num_top]``, the likeliest first.
+    """
+
+    chosen: Tensor
+    ranks: Tensor
+    top_values: Tensor
+    top_ids: Tensor
+
+
 @torch.inference_mode()
+def score_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenScores:
+    """Score ``token_ids [num_rows]`` at ``logits [num_rows, vocab_size]``; nothing waits."""
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1))
+    ranks = (logprobs > chosen).sum(dim=-1).add_(1)
+    top = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
+    return TokenScores(chosen.squeeze(1), ranks, top.values, top.indices)
+
+
+def logprob_entries(
+    token_ids: Sequence[int], num_logprobs: Sequence[int], scores: Sequence[NDArray[Any]]
+) -> list[dict[int, Logprob]]:
+    """Per row its token, then its ``num_logprobs`` likeliest ones, from a ``TokenScores`` on the
+    host."""
+    chosen, ranks, top_values, top_ids = (part.tolist() for part in scores)
+    rows = []
+    for row, (token_id, count) in enumerate(zip(token_ids, num_logprobs, strict=True)):
+        entries = {token_id: Logprob(chosen[row], int(ranks[row]))}
+        for place in range(min(count, len(top_ids[row]))):
+            other = Logprob(top_values[row][place], place + 1)
+            entries.setdefault(int(top_ids[row][place]), other)
+        rows.append(entries)
+    return rows
+
+
 def token_logprobs(
     logits: Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
 ) -> list[dict[int, Logprob]]:
@@ -25,20 +69,9 @@ def token_logprobs(
 
     A row's result depends on that row alone.
     """
-    vocab_size = logits.shape[1]
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(list(token_ids)).unsqueeze(1))
-    ranks = (logprobs > chosen).sum(dim=-1).add_(1).tolist()
-    chosen_values = chosen[:, 0].tolist()
-    top = logprobs.topk(min(max(num_logprobs, default=0), vocab_size), dim=-1)
-    top_values, top_ids = top.values.tolist(), top.indices.tolist()
-    rows = []
-    for row, (token_id, count) in enumerate(zip(token_ids, num_logprobs, strict=True)):
-        entries = {token_id: Logprob(chosen_values[row], ranks[row])}
-        for place in range(min(count, vocab_size)):
-            entries.setdefault(top_ids[row][place], Logprob(top_values[row][place], place + 1))
-        rows.append(entries)
-    return rows
+    ids = to_device(np.array(token_ids, dtype=np.int64), logits.device)
+    scores = score_tokens(logits, ids, max(num_logprobs, default=0))
+    return logprob_entries(token_ids, num_logprobs, to_host(*scores))
 
 
 def prompt_logprobs(

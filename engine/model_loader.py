@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ConfigError
+from .devices import check_dtype, module_device
 from .errors import UnsupportedModelError
 
 DEMO_MODEL = "demo"
@@ -20,7 +21,7 @@ DEMO_MODEL = "demo"
 DEFAULT_CONTEXT_TOKENS = 2048
 """Context of models whose config does not tell."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_model_name(name: str) -> str:
@@ -28,12 +29,16 @@ def resolve_model_name(name: str) -> str:
     return str(Path(__file__).resolve().parent / "demo_model") if name == DEMO_MODEL else name
 
 
-def load_model(name: str, dtype: str) -> torch.nn.Module:
-    """Load weights of a local folder or hub id, local files first; ``"auto"`` is float32 on CPU.
+def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
+    """Load weights of a local folder or hub id onto ``device``, local files first.
 
-    Raises ``ConfigError`` if nothing is there and ``UnsupportedModelError`` if it is no decoder.
+    ``"auto"`` is float32 on CPU; on a GPU it is the checkpoint's type if that has 16 bits, else
+    bfloat16. Raises ``ConfigError`` if nothing is there, or it does not fit the device, and
+    ``UnsupportedModelError`` if it is no decoder.
     """
     config, is_local = _load_config(name)
+    torch_dtype = _DTYPES.get(dtype) or automatic_dtype(config, device)
+    check_dtype(torch_dtype, device)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             name, "architecture", f"{type(config).__name__} is an encoder-decoder"
@@ -41,7 +46,7 @@ def load_model(name: str, dtype: str) -> torch.nn.Module:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=_DTYPES.get(dtype, torch.float32),
+            dtype=torch_dtype,
             local_files_only=is_local,
             output_loading_info=True,
         )
@@ -52,7 +57,25 @@ def load_model(name: str, dtype: str) -> torch.nn.Module:
         raise ConfigError(f"model is {name!r}; it cannot be loaded: {error}") from error
     _check_weights(name, loading)
     module: torch.nn.Module = model
-    return module.eval()
+    try:
+        return module.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        num_bytes = sum(parameter.nbytes for parameter in module.parameters())
+        raise ConfigError(
+            f"model is {name!r}; its {num_bytes} bytes of weights do not fit {device}: {error}"
+        ) from error
+
+
+def automatic_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """What ``dtype="auto"`` stands for: speed where there are 16-bit units, exactness elsewhere."""
+    if device.type == "cpu":
+        return torch.float32
+    for source in (config, config.get_text_config(decoder=True)):
+        stored = getattr(source, "dtype", None)
+        stored = _DTYPES.get(stored, stored) if isinstance(stored, str) else stored
+        if stored in (torch.bfloat16, torch.float16):
+            return stored
+    return torch.bfloat16
 
 
 def _check_weights(name: str, loading: Any) -> None:
@@ -83,18 +106,16 @@ def _load_config(name: str) -> tuple[Any, bool]:
         ) from error
 
 
-def check_module(model: Any, dtype: str) -> None:
-    """Raise ``ConfigError`` unless a ready-built module can run here in ``dtype``."""
+def check_module(model: Any, dtype: str, device: str) -> None:
+    """Raise ``ConfigError`` unless a ready-built module can run, on ``device`` and in ``dtype``."""
     is_module = isinstance(model, torch.nn.Module)
     parameter = next(model.parameters(), None) if is_module else None
     if parameter is None or not hasattr(model, "config"):
         raise ConfigError(
             f"model is a {type(model).__name__}; it must be a transformers model with weights"
         )
-    if parameter.device.type != "cpu":
-        raise ConfigError(f"model is on {parameter.device}; this version computes on cpu")
-    if parameter.dtype not in _DTYPES.values():
-        raise ConfigError(f"model dtype is {parameter.dtype}; supported: {', '.join(_DTYPES)}")
+    place = module_device(model, device)
+    check_dtype(parameter.dtype, place)
     if dtype != "auto" and parameter.dtype != _DTYPES[dtype]:
         raise ConfigError(
             f"dtype is {dtype!r} and the module that was passed holds {parameter.dtype}; convert "

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .transfer import flat_places, to_device
+
 if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
@@ -107,7 +109,7 @@ def apply_penalties(
     histories: Sequence[TokenHistory],
     params: Sequence[SamplingParams],
 ) -> None:
-    """Change ``logits [num_rows, vocab_size]`` in place, at the tokens of each row's history.
+    """Change contiguous ``logits [num_rows, vocab_size]`` at the tokens of each row's history.
 
     As vLLM does: first the repetition penalty, then frequency, then presence.
     """
@@ -117,16 +119,13 @@ def apply_penalties(
     # A prompt may hold tokens that the model takes and never writes.
     is_written = ids < logits.shape[1]
     ids, counts, owners = ids[is_written], counts[is_written], owners[is_written]
-    at = torch.from_numpy(np.array(rows, dtype=np.int64)[owners]), torch.from_numpy(ids)
-    count = torch.from_numpy(counts)
-
-    def each(name: str) -> Tensor:
-        values = np.array([getattr(one, name) for one in params], dtype=np.float32)
-        return torch.from_numpy(values[owners])
-
-    values = logits[at]
-    repetition = each("repetition_penalty")
+    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    settings = [[getattr(one, name) for one in params] for name in names]
+    numbers = np.vstack([counts, np.array(settings, dtype=np.float32)[:, owners]])
+    places = flat_places(np.array(rows)[owners], ids, logits)
+    count, repetition, frequency, presence = to_device(numbers, logits.device)
+    values = logits.view(-1).index_select(0, places)
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= each("frequency_penalty") * count
-    values -= each("presence_penalty") * (count > 0)
-    logits[at] = values
+    values -= frequency * count
+    values -= presence * (count > 0)
+    logits.view(-1).index_copy_(0, places, values)

@@ -17,17 +17,18 @@ from torch import Tensor
 from ..config import LayerKVSpec
 from ..errors import VmallocError
 from ..kernels.cpu import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
+from .cache_factory import CacheFactory
 from .errors import UnsupportedModelError
 from .kv_attention import ATTENTION_NAME, AttentionCall, attention_through, register_attention
 from .model_loader import text_config, vocab_size
-from .trial import BackendFactory, run_trial
+from .trial import run_trial
 
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 PROBE_LENGTHS = (11, 7)
 """Tokens of the two sequences that are packed together."""
 PROBE_FIRST_CHUNKS = (6, 7)
 """Tokens of each that the first step computes; the second step computes the rest."""
-RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Allowed difference of packed logits, as a share of the reference's largest logit."""
 
 
@@ -37,16 +38,20 @@ class ProbedModel:
 
     Attributes:
         layers: what each decoder layer stores, as seen at the attention function.
+        num_heads: query heads of the first layer.
         max_error: largest difference of a packed logit from the model's own eager attention,
             as a share of the largest logit.
     """
 
     layers: tuple[LayerKVSpec, ...]
+    num_heads: int
     max_error: float
 
 
-def probe_model(model: torch.nn.Module, create_backend: BackendFactory) -> ProbedModel:
+def probe_model(model: torch.nn.Module, caches: CacheFactory) -> ProbedModel:
     """Check that ``model`` runs packed batches over a KV cache just as it runs alone.
+
+    ``caches`` makes the cache, and is on the model's device.
 
     Leaves the model with our attention switched on. Raises ``UnsupportedModelError`` naming the
     failed check; the model's attention is then as before.
@@ -58,12 +63,12 @@ def probe_model(model: torch.nn.Module, create_backend: BackendFactory) -> Probe
         _check_architecture(any_model)
         reference = _eager_logits(any_model)
         _switch_attention(any_model, ATTENTION_NAME)
-        layers = _observe_layers(any_model)
-        max_error = _compare(any_model, layers, reference, create_backend)
+        layers, num_heads = _observe_layers(any_model)
+        max_error = _compare(any_model, layers, num_heads, reference, caches)
     except BaseException:
         restore_attention(model, before)
         raise
-    return ProbedModel(layers, max_error)
+    return ProbedModel(layers, num_heads, max_error)
 
 
 def own_attention(model: torch.nn.Module) -> str | None:
@@ -127,29 +132,34 @@ def _probe_token_ids(model: Any, which: int) -> list[int]:
     return [(5 + 37 * which + 101 * idx) % limit for idx in range(PROBE_LENGTHS[which])]
 
 
+def _as_input(model: Any, token_ids: list[int]) -> Tensor:
+    """``[1, num_tokens]`` on the model's device."""
+    return torch.tensor([token_ids], device=next(model.parameters()).device)
+
+
 @torch.inference_mode()
 def _eager_logits(model: Any) -> list[Tensor]:
     """Logits ``[vocab_size]`` at each sequence's end, alone, under the model's own attention."""
     _switch_attention(model, "eager")
     logits = []
     for which in range(len(PROBE_LENGTHS)):
-        input_ids = torch.tensor([_probe_token_ids(model, which)])
+        input_ids = _as_input(model, _probe_token_ids(model, which))
         with _refusing(model, "eager forward"):
-            logits.append(model(input_ids=input_ids, use_cache=False).logits[0, -1].float())
+            logits.append(model(input_ids=input_ids, use_cache=False).logits[0, -1].float().cpu())
     return logits
 
 
 @torch.inference_mode()
-def _observe_layers(model: Any) -> tuple[LayerKVSpec, ...]:
-    """Run one sequence and note what reaches the attention function."""
+def _observe_layers(model: Any) -> tuple[tuple[LayerKVSpec, ...], int]:
+    """Run one sequence and note what reaches the attention function; layers and query heads."""
     calls: list[AttentionCall] = []
 
     def record(call: AttentionCall) -> Tensor:
         calls.append(call)
         return call.query.new_zeros(*call.query.shape[:2], call.value.shape[2])
 
-    token_ids = torch.tensor([_probe_token_ids(model, 0)])
-    positions = torch.arange(token_ids.shape[1]).unsqueeze(0)
+    token_ids = _as_input(model, _probe_token_ids(model, 0))
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device).unsqueeze(0)
     with _refusing(model, "packed forward"), attention_through(record):
         model(input_ids=token_ids, position_ids=positions, use_cache=False)
     config = text_config(model)
@@ -162,7 +172,7 @@ def _observe_layers(model: Any) -> tuple[LayerKVSpec, ...]:
             f"each of {len(expected)} layers should call attention once, in order; "
             f"the calls came from layers {seen}",
         )
-    return tuple(_layer_spec(model, config, call) for call in calls)
+    return tuple(_layer_spec(model, config, call) for call in calls), calls[0].query.shape[1]
 
 
 def _layer_spec(model: Any, config: Any, call: AttentionCall) -> LayerKVSpec:
@@ -171,7 +181,7 @@ def _layer_spec(model: Any, config: Any, call: AttentionCall) -> LayerKVSpec:
     v_head_dim = call.value.shape[2]
     if num_rows != PROBE_LENGTHS[0] or call.query.shape[0] != num_rows:
         raise _refusal(model, "attention shapes", f"{where} brought {num_rows} keys")
-    for head_dim in (k_head_dim, v_head_dim):
+    for head_dim in (k_head_dim, v_head_dim) if call.key.is_cpu else ():
         if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
             raise _refusal(
                 model,
@@ -235,14 +245,15 @@ def _declared(config: Any, name: str) -> Any:
 def _compare(
     model: Any,
     layers: tuple[LayerKVSpec, ...],
+    num_heads: int,
     reference: list[Tensor],
-    create_backend: BackendFactory,
+    caches: CacheFactory,
 ) -> float:
     """Pack two sequences, in two steps, over a real cache; the largest relative difference."""
     prompts = [_probe_token_ids(model, which) for which in range(len(PROBE_LENGTHS))]
     with _refusing(model, "packed forward"):
         logits = run_trial(
-            model, layers, prompts, create_backend, first_chunks=list(PROBE_FIRST_CHUNKS)
+            model, layers, num_heads, prompts, caches, first_chunks=list(PROBE_FIRST_CHUNKS)
         )
     tolerance = RELATIVE_TOLERANCE[next(model.parameters()).dtype]
     max_error = 0.0

@@ -1,11 +1,13 @@
-"""The progress bar of ``LLM.generate``, on stderr.
+"""Progress bars on stderr: of ``LLM.generate``, and of what an engine does before its first step.
 
 Owns: one rich progress display.  Thread-safety: none; it starts no thread.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -21,6 +23,25 @@ from rich.progress import (
 from .outputs import RequestOutput
 
 REFRESH_SECONDS = 0.1
+
+
+def watch_start_up(what: str, sizes: Sequence[int]) -> Iterator[int]:
+    """Go over batch sizes, with a bar on a terminal."""
+    with Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        auto_refresh=False,
+    ) as progress:
+        task = progress.add_task("", total=len(sizes), size="")
+        for size in sizes:
+            progress.update(task, size=f"batch of {size}", refresh=True)
+            yield size
+            progress.update(task, advance=1, refresh=True)
 
 
 class GenerationProgress:

@@ -1,6 +1,8 @@
 """Chooses the next token of every sequence of a batch at once.
 
 A row's choice depends on that row's logits, history, settings and (seed, choice, position) alone.
+Everything happens where the logits are; token ids and the logprobs asked for come to the host in
+one copy. Typical sampling and grammars are worked out on the host.
 Owns: nothing.  Thread-safety: stateless.
 """
 
@@ -9,22 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .logits_filters import apply_filters, make_filters, masking_filters
-from .logprobs import token_logprobs
+from .logprobs import TokenScores, logprob_entries, score_tokens
 from .outputs import Logprob
 from .philox import uniforms
 from .sequence import Sequence
+from .transfer import take_rows, to_device, to_host
 from .truncation import keep_min_p, keep_top_k, keep_top_p, keep_typical
 
 MIN_TEMPERATURE = 1e-30
 MAX_TEMPERATURE = 1e30
 """Beyond these a temperature acts as its limit does: greedy, or uniform."""
 
-NUM_DRAWN_LOGITS = 1 << 17
-"""Logits that are drawn from at once: their float64 copies stay in the processor's cache."""
+NUM_DRAWN_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Logits that are drawn from at once: on CPU their float64 copies stay in the processor's cache, on
+a GPU they take a few hundred MB."""
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -49,23 +54,23 @@ def sample(seqs: SequenceABC[Sequence], logits: Tensor) -> SampledTokens:
     """Choose a token per sequence from float32 ``logits [num_seqs, vocab_size]`` (not changed)."""
     _complete_filters(seqs, logits)
     allowed, failed = apply_filters(seqs, logits)
-    best = allowed.max(dim=-1)
-    chosen = _choose(seqs, allowed, best.indices.tolist())
-    errors: list[str | None] = [None] * len(seqs)
-    for row, is_finite in enumerate(best.values.isfinite().tolist()):
-        if row in failed:
-            errors[row] = failed[row]
-        elif not is_finite:
-            errors[row] = _explain(seqs[row], logits[row])
-    logprobs: list[dict[int, Logprob] | None] = [None] * len(seqs)
     wanted = [
         (row, seq.params.num_logprobs)
         for row, seq in enumerate(seqs)
         if seq.params.num_logprobs is not None
     ]
+    found, is_finite, *scores = to_host(*_pick(seqs, logits, allowed, wanted))
+    chosen = found.astype(np.int64).tolist()
+    errors: list[str | None] = [None] * len(seqs)
+    for row in np.flatnonzero(is_finite == 0.0).tolist():
+        if row not in failed:
+            errors[row] = _explain(seqs[row], logits[row])
+    for row, reason in failed.items():
+        errors[row] = reason
+    logprobs: list[dict[int, Logprob] | None] = [None] * len(seqs)
     if wanted:
         rows, counts = zip(*wanted, strict=True)
-        entries = token_logprobs(logits[list(rows)], [chosen[row] for row in rows], counts)
+        entries = logprob_entries([chosen[row] for row in rows], counts, scores)
         for row, entry in zip(rows, entries, strict=True):
             logprobs[row] = entry
     token_ids = [
@@ -95,6 +100,20 @@ def score_beams(seqs: SequenceABC[Sequence], logits: Tensor) -> tuple[Tensor, st
     return scores, None
 
 
+def _pick(
+    seqs: SequenceABC[Sequence], logits: Tensor, allowed: Tensor, wanted: list[tuple[int, int]]
+) -> tuple[Tensor, ...]:
+    """Token ids ``[num_seqs]``, whether each row had a finite maximum, and a ``TokenScores`` of
+    the rows ``wanted``, with their numbers of logprobs; all on the device, and nothing waits."""
+    best = allowed.max(dim=-1)
+    chosen = _choose(seqs, allowed, best.indices)
+    scores: TokenScores | tuple[()] = ()
+    if wanted:
+        rows, counts = zip(*wanted, strict=True)
+        scores = score_tokens(take_rows(logits, rows), take_rows(chosen, rows), max(counts))
+    return chosen, best.values.isfinite(), *scores
+
+
 def _complete_filters(seqs: SequenceABC[Sequence], logits: Tensor) -> None:
     """Filters that no engine has made, for those that need no tokenizer."""
     for seq in seqs:
@@ -110,44 +129,41 @@ def _explain(seq: Sequence, logits: Tensor) -> str:
     return NOT_FINITE
 
 
-def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: list[int]) -> list[int]:
+def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: Tensor) -> Tensor:
     """``best`` of each row where the sequence is greedy, a random draw elsewhere."""
     rows = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
     if not rows:
         return best
-    chosen = list(best)
-    num_at_once = max(1, NUM_DRAWN_LOGITS // logits.shape[1])
-    for start in range(0, len(rows), num_at_once):
-        block = rows[start : start + num_at_once]
-        block_logits = logits if len(block) == len(seqs) else logits[block]
-        drawn = _choose_randomly([seqs[row] for row in block], block_logits)
-        for row, token_id in zip(block, drawn, strict=True):
-            chosen[row] = token_id
-    return chosen
+    num_at_once = max(1, NUM_DRAWN_LOGITS[logits.device.type] // logits.shape[1])
+    blocks = [rows[start : start + num_at_once] for start in range(0, len(rows), num_at_once)]
+    drawn = torch.cat(
+        [_choose_randomly([seqs[row] for row in some], take_rows(logits, some)) for some in blocks]
+    )
+    if len(rows) == len(seqs):
+        return drawn
+    return best.index_copy(0, to_device(np.array(rows), best.device), drawn)
 
 
-def _choose_randomly(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int]:
+def _choose_randomly(seqs: SequenceABC[Sequence], logits: Tensor) -> Tensor:
     """Invert the cumulative distribution, in vocabulary order, at one uniform number per row."""
     params = [seq.params for seq in seqs]
     # float32 holds nothing smaller or larger: 0 / 0 and inf / inf would be NaN.
-    temperature = torch.tensor(
-        [min(max(one.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for one in params]
-    )
+    temperatures = [min(max(one.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for one in params]
+    temperature = to_device(np.array(temperatures, dtype=np.float32), logits.device)
     # From the maximum down, so that a tiny temperature gives -inf and never inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     scaled = keep_top_k(params, keep_typical(params, keep_min_p(params, scaled)))
     probs = keep_top_p(params, scaled.softmax(dim=-1))
     cumulative = probs.double().cumsum(dim=-1)
-    total = cumulative[:, -1]
+    total = cumulative.select(1, -1)
     numbers = uniforms(
         [seq.seed for seq in seqs],
         [seq.choice_idx for seq in seqs],
         [seq.num_tokens for seq in seqs],
     )
-    target = torch.from_numpy(numbers) * total
+    target = to_device(numbers, logits.device) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(target, below_total).unsqueeze(1)
     # The first entry above the target has probability, whatever was masked before it.
-    found = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    token_ids: list[int] = found.clamp_(max=logits.shape[1] - 1).tolist()  # NaN rows: see sample
-    return token_ids
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return found.clamp_(max=logits.shape[1] - 1)  # NaN rows: see sample

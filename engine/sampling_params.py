@@ -68,7 +68,8 @@ class SamplingParams:
             without a space in front.
         logits_processors: called in turn as ``fn(output_token_ids, logits)`` or, with three
             parameters, ``fn(prompt_token_ids, output_token_ids, logits)`` with float32
-            ``logits [vocab_size]``, which they may change; they return logits of that shape.
+            ``logits [vocab_size]`` on the engine's device, which they may change; they return
+            logits of that shape.
         structured_outputs: the form that the text must have.
         max_tokens: most tokens to generate. None: as many as the context holds. 0 computes the
             prompt only and needs ``prompt_logprobs``.

@@ -5,7 +5,6 @@ Owns: nothing.  Thread-safety: stateless; the model must not be in use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +12,12 @@ from torch import Tensor
 from ..backend import KVBackend, SequenceGroupSpec
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import VmallocError
+from .cache_factory import CacheFactory
+from .compute_stream import current_stream_handle
 from .model_runner import ModelRunner
+from .packed_forward import PackedForward
 from .sampling_params import SamplingParams
 from .sequence import Sequence
-
-BackendFactory = Callable[[KVCacheConfig], KVBackend]
 
 TRIAL_BYTES = 64 * 1024 * 1024
 """Room for the pages of a few short sequences, on top of their rows; only what is used is taken."""
@@ -26,13 +26,14 @@ TRIAL_BYTES = 64 * 1024 * 1024
 def run_trial(
     model: Any,
     layers: tuple[LayerKVSpec, ...],
+    num_heads: int,
     prompts: list[list[int]],
-    create_backend: BackendFactory,
+    caches: CacheFactory,
     *,
     first_chunks: list[int] | None = None,
     batch_invariant: bool = False,
 ) -> list[Tensor]:
-    """Logits ``[vocab_size]`` at the end of each prompt, all packed together.
+    """Logits ``[vocab_size]`` at the end of each prompt, all packed together, on the host.
 
     The first step computes ``first_chunks[i]`` tokens of each prompt (None: all), the second the
     rest. Raises ``VmallocError`` if the cache has no room.
@@ -45,13 +46,23 @@ def run_trial(
         capacity_bytes=TRIAL_BYTES + 2 * row_bytes,
         commit_ahead_tokens=0,
     )
-    with create_backend(config) as backend:
-        runner = ModelRunner(model, backend, batch_invariant=batch_invariant)
-        return _run(runner, backend, prompts, first_chunks or list(map(len, prompts)))
+    backend, kernels = caches.make(config, num_heads)
+    with backend:
+        runner = ModelRunner(
+            PackedForward(model, backend, kernels),
+            backend,
+            caches.device,
+            batch_invariant=batch_invariant,
+        )
+        return _run(runner, backend, caches, prompts, first_chunks or list(map(len, prompts)))
 
 
 def _run(
-    runner: ModelRunner, backend: KVBackend, prompts: list[list[int]], chunks: list[int]
+    runner: ModelRunner,
+    backend: KVBackend,
+    caches: CacheFactory,
+    prompts: list[list[int]],
+    chunks: list[int],
 ) -> list[Tensor]:
     params = SamplingParams()
     seqs = [
@@ -66,9 +77,9 @@ def _run(
         totals = [seq.num_computed_tokens + n for seq, n in zip(seqs, chunks, strict=True)]
         if not backend.try_extend(seq_ids, totals):
             raise VmallocError("a short sequence found no KV memory")
-        step = backend.begin_step()
+        step = backend.begin_step(current_stream_handle(caches.device))
         try:
-            rows = runner.forward(seqs, chunks, backend.batch_view(seq_ids, chunks))
+            rows = runner.forward(seqs, chunks).cpu()
         finally:
             backend.end_step(step)
         for seq, total in zip(seqs, totals, strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .sampling_params import SamplingParams
+from .transfer import take_rows, to_device
 
 
 def keep_min_p(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
@@ -24,7 +25,8 @@ def keep_min_p(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
     if all(one.min_p == 0.0 for one in params):
         return scores
     floors = [math.log(one.min_p) if one.min_p > 0.0 else -math.inf for one in params]
-    return scores.masked_fill(scores < torch.tensor(floors).unsqueeze(1), -torch.inf)
+    floor = to_device(np.array(floors, dtype=np.float32), scores.device).unsqueeze(1)
+    return scores.masked_fill(scores < floor, -torch.inf)
 
 
 def keep_typical(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
@@ -36,9 +38,9 @@ def keep_typical(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
     if not rows:
         return scores
     mass = np.array([params[row].typical_p for row in rows])
-    kept = scores[rows]
-    # In numpy: its sums of a row do not depend on how many rows or threads there are.
-    logprobs = kept.double().log_softmax(dim=-1).numpy()
+    kept = take_rows(scores, rows)
+    # In numpy, on the host: its sums of a row do not depend on how many rows or threads there are.
+    logprobs = kept.double().log_softmax(dim=-1).cpu().numpy()
     probs = np.exp(logprobs)
     parts = np.multiply(probs, logprobs, out=np.zeros_like(probs), where=probs > 0.0)
     entropy = -parts.sum(axis=-1, keepdims=True)
@@ -52,8 +54,8 @@ def keep_typical(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
     reached = np.cumsum(np.take_along_axis(probs, order, axis=-1), axis=-1) < mass[:, None]
     last = np.minimum(reached.sum(axis=-1, keepdims=True), scores.shape[1] - 1)
     limit = np.take_along_axis(distance, np.take_along_axis(order, last, axis=-1), axis=-1)
-    masked = kept.masked_fill(torch.from_numpy(distance > limit), -torch.inf)
-    return scores.index_copy(0, torch.tensor(rows), masked)
+    is_far = to_device(distance > limit, scores.device)
+    return _put_rows(scores, rows, kept.masked_fill(is_far, -torch.inf))
 
 
 def keep_top_k(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
@@ -62,11 +64,11 @@ def keep_top_k(params: Sequence[SamplingParams], scores: Tensor) -> Tensor:
     rows = [row for row, one in enumerate(params) if 0 < one.top_k < vocab_size]
     if not rows:
         return scores
-    counts = torch.tensor([params[row].top_k for row in rows])
-    kept = scores[rows]
+    counts = np.array([params[row].top_k for row in rows])
+    kept = take_rows(scores, rows)
     largest = kept.topk(int(counts.max()), dim=-1).values
-    threshold = largest.gather(1, (counts - 1).unsqueeze(1))
-    return scores.index_copy(0, torch.tensor(rows), kept.masked_fill(kept < threshold, -torch.inf))
+    threshold = largest.gather(1, to_device(counts - 1, scores.device).unsqueeze(1))
+    return _put_rows(scores, rows, kept.masked_fill(kept < threshold, -torch.inf))
 
 
 def keep_top_p(params: Sequence[SamplingParams], probs: Tensor) -> Tensor:
@@ -74,11 +76,24 @@ def keep_top_p(params: Sequence[SamplingParams], probs: Tensor) -> Tensor:
     rows = [row for row, one in enumerate(params) if one.top_p < 1.0]
     if not rows:
         return probs
-    top_p = torch.tensor([params[row].top_p for row in rows], dtype=torch.float64)
-    kept = probs[rows]
-    # numpy sorts a row of floats some thirty times faster than torch does on CPU.
-    falling = torch.from_numpy(np.sort(kept.numpy(), axis=-1)[:, ::-1].copy())
+    top_p = to_device(np.array([params[row].top_p for row in rows]), probs.device)
+    kept = take_rows(probs, rows)
+    falling = _sorted_down(kept)
     reached = falling.double().cumsum(dim=-1) < top_p.unsqueeze(1)
     last = reached.sum(dim=-1).clamp(max=probs.shape[1] - 1)
     threshold = falling.gather(1, last.unsqueeze(1))
-    return probs.index_copy(0, torch.tensor(rows), kept.masked_fill(kept < threshold, 0.0))
+    return _put_rows(probs, rows, kept.masked_fill(kept < threshold, 0.0))
+
+
+def _sorted_down(values: Tensor) -> Tensor:
+    """Each row from its largest value down."""
+    if values.device.type == "cpu":  # numpy sorts a row of floats some thirty times faster
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)[:, ::-1].copy())
+    return values.sort(dim=-1, descending=True).values
+
+
+def _put_rows(values: Tensor, rows: Sequence[int], changed: Tensor) -> Tensor:
+    """``values`` with some rows replaced, as a new tensor."""
+    if len(rows) == len(values):
+        return changed
+    return values.index_copy(0, to_device(np.array(rows), values.device), changed)

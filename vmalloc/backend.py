@@ -393,6 +393,14 @@ class KVBackend(Protocol):
         """Close a step once its kernels are enqueued."""
         ...
 
+    def wait_worker(self) -> None:
+        """Wait until the background worker, if there is one, has nothing left to do.
+
+        Until the next call that changes sequences it then makes no driver call either, as when a
+        CUDA graph is being captured.
+        """
+        ...
+
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, ``[num_slots, rows, num_kv_heads, head_dim]``, strided views.
 

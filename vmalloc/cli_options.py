@@ -22,6 +22,7 @@ class Dtype(str, Enum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class Backend(str, Enum):
@@ -30,6 +31,15 @@ class Backend(str, Enum):
     AUTO = "auto"
     VIRTUAL = "virtual"
     PAGED = "paged"
+
+
+class Driver(str, Enum):
+    """Where pages come from, as the option lists them."""
+
+    AUTO = "auto"
+    HOST = "host"
+    CUDA = "cuda"
+    NULL = "null"
 
 
 class CommitPolicy(str, Enum):
@@ -70,7 +80,22 @@ Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or hub id, if it is not the model's own.")
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="Weights, activations and KV; auto is float32 on CPU.")
+    Dtype,
+    typer.Option(
+        help="Weights, activations and KV; auto is float32 on CPU, and on a GPU the checkpoint's "
+        "16-bit type or bfloat16."
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="Where to compute: cpu, cuda or cuda:N; auto is a GPU where there is one."),
+]
+EnforceEager = Annotated[
+    bool,
+    typer.Option("--enforce-eager", help="Launch decodes kernel by kernel, without CUDA graphs."),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Decode through torch.compile; starting takes minutes.")
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
@@ -150,11 +175,24 @@ Regex = Annotated[
 BackendOption = Annotated[
     Backend, typer.Option(help="Where K and V live.", rich_help_panel=_MEMORY)
 ]
+KVDriver = Annotated[
+    Driver,
+    typer.Option(
+        help="Where its pages come from; auto goes by the device.", rich_help_panel=_MEMORY
+    ),
+]
 KVCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Hard cap on physical KV memory. Default: a quarter of what is available, at "
-        "most what the sequences can use.",
+        help="Hard cap on physical KV memory. Default: a quarter of what is available on CPU, what "
+        "--gpu-memory-utilization leaves on a GPU; at most what the sequences can use.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+GPUMemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        help="Share of a GPU's memory that weights, activations and KV may take together.",
         rich_help_panel=_MEMORY,
     ),
 ]
@@ -184,7 +222,10 @@ CommitPolicyOption = Annotated[
 ]
 PageSize = Annotated[
     int | None,
-    typer.Option(help="Bytes of one physical page. Default: 64 KiB.", rich_help_panel=_MEMORY),
+    typer.Option(
+        help="Bytes of one physical page. Default: 64 KiB on CPU, the driver's least on a GPU.",
+        rich_help_panel=_MEMORY,
+    ),
 ]
 BlockSize = Annotated[
     int,

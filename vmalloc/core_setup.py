@@ -12,6 +12,9 @@ from .config import DEFAULT_PAGE_BYTES, DTYPE_BYTES, KVCacheConfig, LayerKVSpec
 from .device import device_index
 from .layout import KVLayout
 
+MAX_SPARE_PAGES = 64
+"""128 MiB of pages of 2 MiB: about a prompt of 1,024 tokens of a model with 128 KiB a token."""
+
 
 def cuda_absence(device: str = "cuda") -> str | None:
     """Why the CUDA driver's virtual memory cannot be used on ``device``; None if it can.
@@ -54,6 +57,7 @@ def make_arena(config: KVCacheConfig, driver: _core.Driver, layout: KVLayout) ->
         high_pages=high_pages(config, max_pages),
         ahead_rows=config.commit_ahead_tokens,
         lookahead_rows=config.lookahead_tokens,
+        spare_pages=_spare_pages(config, max_pages),
         zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
         swap_bytes=config.swap_bytes,
         protect_shared=config.protect_shared,
@@ -68,6 +72,13 @@ def low_pages(config: KVCacheConfig, max_pages: int) -> int:
 def high_pages(config: KVCacheConfig, max_pages: int) -> int:
     """Pages that may stay created without being needed."""
     return ceil(max_pages * config.high_watermark)
+
+
+def _spare_pages(config: KVCacheConfig, max_pages: int) -> int:
+    """Pages that the worker keeps created on CUDA, where creating one takes the driver longest."""
+    if config.driver_name != "cuda":
+        return 0
+    return min(MAX_SPARE_PAGES, max_pages // 16)
 
 
 def _core_spec(layer: LayerKVSpec) -> _core.LayerKVSpec:

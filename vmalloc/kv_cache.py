@@ -381,7 +381,6 @@ class VirtualKVCache:
         return self._arena.mapped_rows(self.slot_of(seq_id))
 
     def wait_worker(self) -> None:
-        """Wait until the background worker has nothing left to do (tests and benchmarks)."""
         self._arena.wait_worker()
 
     def stats(self) -> KVCacheStats:

@@ -280,6 +280,10 @@ class PagedKVCache:
             max_seqlen_k=max_seqlen_k,
         )
 
+    def wait_worker(self) -> None:
+        """Nothing to wait for: blocks are taken on the calling thread."""
+        self._check_usable()
+
     def seq_len(self, seq_id: int) -> int:
         """Tokens of a live sequence."""
         self._check_usable()

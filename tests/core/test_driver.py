@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from tests import drivers
 from vmalloc import ConfigError, DriverError, _core
 
 PAGE = 16 * 1024
 
 DRIVERS = {
+    "cuda": lambda page: drivers.make_driver(page),
     "host": lambda page: _core.make_host_driver(page),
     "null": lambda page: _core.make_null_driver(page),
     "fault(host)": lambda page: _core.FaultDriver(_core.make_host_driver(page)),
@@ -21,7 +23,8 @@ DRIVERS = {
 
 @pytest.fixture(params=DRIVERS)
 def driver(request):
-    return DRIVERS[request.param](PAGE)
+    with drivers.driver_kind("cuda"):
+        yield DRIVERS[request.param](PAGE)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 
 from tests.engine.running import PAGE, step
 from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
+from vmalloc.engine.decode_graphs import Recorder
 from vmalloc.engine.sampler import sample
 from vmalloc.engine.sequence import Sequence
 
@@ -172,10 +173,14 @@ def _forced_logprobs(model: Any, prompt: list[int], token_ids: list[int]) -> lis
 
 
 class Engines:
-    """Engines by shape, backend and settings, each made once and left empty after every use."""
+    """Engines by shape, backend and settings, each made once and left empty after every use.
 
-    def __init__(self, tiny_model: Callable[[str], Any]) -> None:
+    ``recorder``: what they send decodes through; None: nothing.
+    """
+
+    def __init__(self, tiny_model: Callable[[str], Any], recorder: Recorder | None = None) -> None:
         self._tiny_model = tiny_model
+        self._recorder = recorder
         self._made: dict[Any, LLMEngine] = {}
 
     def __call__(self, shape: str, kind: str, **settings: Any) -> LLMEngine:
@@ -193,7 +198,8 @@ class Engines:
                 **shape_settings,
             }
             config = EngineConfig(**{**defaults, **settings})
-            engine = LLMEngine(copy.deepcopy(self._tiny_model(name)), None, config)
+            model = copy.deepcopy(self._tiny_model(name))
+            engine = LLMEngine(model, None, config, recorder=self._recorder)
             self._made[key] = engine
         engine.flush_prefix_cache()
         assert engine.kernel_name.startswith(KERNELS[kind])
@@ -202,6 +208,7 @@ class Engines:
     def close(self) -> None:
         for engine in self._made.values():
             engine.close()
+        self._made.clear()
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """A process of its own: Triton kernels over slots whose memory ends with each sequence's last page.
 
 What is not committed is PROT_NONE, so a read or write of it ends the process with SIGSEGV: the CPU
-twin of a GPU's error 700. Slots are 16 GiB apart, so offsets that are cut to 32 bits end it too.
+twin of a GPU's error 700. Slots are 16 GiB apart, and in one case rows 32 MiB, so offsets that are
+cut to 32 bits end it too.
 Run under ``TRITON_INTERPRET=1`` as ``python -m tests.kernels.guarded CASE...``; prints "safe" after
 each.
 
@@ -26,16 +27,16 @@ from vmalloc.kernels.contiguous.dispatch import ContiguousKernels
 PAGE = mmap.PAGESIZE
 MAP_NORESERVE = 0x4000  # Linux's value; the module has no name for it
 SLOT_BYTES = 16 << 30
-NUM_SLOTS, NUM_ROWS = 3, 4096
+NUM_SLOTS, NUM_ROWS = 3, 400
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 5, 3, 40
 ROW_ELEMENTS = NUM_LAYERS * 2 * NUM_KV_HEADS * HEAD_DIM  # 4800 bytes: rows straddle pages
 ITEM = 4
 
 
-def tensor_over_guarded_memory(lengths: list[int]) -> Tensor:
-    """``[NUM_SLOTS, NUM_ROWS, ROW_ELEMENTS]`` with pages behind the rows of each length alone.
+def tensor_over_guarded_memory(lengths: list[int], row_elements: int) -> Tensor:
+    """``[NUM_SLOTS, rows, row_elements]`` with pages behind the rows of each length alone.
 
-    Committed pages hold NaN.
+    Committed pages hold NaN, unless that would be gigabytes.
     """
     size = NUM_SLOTS * SLOT_BYTES
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -49,24 +50,33 @@ def tensor_over_guarded_memory(lengths: list[int]) -> Tensor:
 
     protect(0, size, 0)
     for slot, length in enumerate(lengths):
-        pages = -(-length * ROW_ELEMENTS * ITEM // PAGE)
+        pages = -(-length * row_elements * ITEM // PAGE)
         if pages:
             protect(slot * SLOT_BYTES, pages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
             first = slot * SLOT_BYTES // ITEM
-            whole[first : first + pages * PAGE // ITEM] = float("nan")
+            if row_elements == ROW_ELEMENTS:
+                whole[first : first + pages * PAGE // ITEM] = float("nan")
     return whole.as_strided(
-        (NUM_SLOTS, NUM_ROWS, ROW_ELEMENTS), (SLOT_BYTES // ITEM, ROW_ELEMENTS, 1)
+        (NUM_SLOTS, NUM_ROWS, row_elements), (SLOT_BYTES // ITEM, row_elements, 1)
     )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: new rows and lengths of the slots, and how many rows too many are claimed."""
+    """One run.
+
+    Attributes:
+        q_lens, used: new rows and lengths of the three slots.
+        window_left: as in attention.
+        excess: how many rows too many are claimed.
+        row_elements: from one row to the next.
+    """
 
     q_lens: tuple[int, ...]
     used: tuple[int, ...]
     window_left: int = -1
     excess: int = 0
+    row_elements: int = ROW_ELEMENTS
 
 
 CASES = {
@@ -74,6 +84,7 @@ CASES = {
     "decode-window": Case((1, 1, 1), (300, 17, 1), window_left=20),
     "prefill": Case((40, 17, 1), (70, 17, 64)),
     "empty-slot": Case((1, 0, 5), (33, 0, 5)),
+    "wide-rows": Case((1, 3, 1), (300, 17, 1), row_elements=1 << 23),
     # The guard itself: a kernel told of rows that are not there must not live.
     "decode-past-the-end": Case((1, 1, 1), (300, 17, 1), excess=1),
     "prefill-past-the-end": Case((40, 17, 1), (70, 17, 64), excess=8),
@@ -86,7 +97,7 @@ def int32(values: tuple[int, ...]) -> Tensor:
 
 def run(case: Case) -> None:
     torch.manual_seed(0)
-    memory = tensor_over_guarded_memory(list(case.used))
+    memory = tensor_over_guarded_memory(list(case.used), case.row_elements)
     k_cache, v_cache = (
         memory[:, :, part * NUM_KV_HEADS * HEAD_DIM :][:, :, : NUM_KV_HEADS * HEAD_DIM].unflatten(
             2, (NUM_KV_HEADS, HEAD_DIM)

@@ -268,6 +268,16 @@ def test_rows_are_found_and_padding_gives_zero(
     assert torch.equal(out, expected.to(out.dtype))
 
 
+@pytest.mark.parametrize("lengths", [MIXED, DECODES], ids=["mixed", "decodes"])
+def test_torch_finds_slots_with_gaps_between(lengths: tuple[list[int], list[int]]) -> None:
+    batch = batch_of(lengths, num_rows=500)
+    call = call_of(batch)
+    assert case_of(call).slot_rows == 504
+    out = KERNELS["torch"].attend(call)
+    expected = float64_reference(call.query, batch, softmax_scale=0.2)
+    assert torch.equal(out, expected.to(out.dtype))
+
+
 def test_a_batch_is_planned_once_for_all_layers() -> None:
     module = FlashInferModule()
     kernel = FlashInfer(module)

@@ -56,7 +56,7 @@ def test_kernels_are_right_under_the_interpreter(paths: list[str]) -> None:
 
 @needs_triton
 def test_memory_behind_a_sequence_is_not_touched() -> None:
-    cases = ["decode", "decode-window", "prefill", "empty-slot"]
+    cases = ["decode", "decode-window", "prefill", "empty-slot", "wide-rows"]
     text = run_python("-m", "tests.kernels.guarded", *cases, TRITON_INTERPRET="1")
     assert text.count("safe ") == len(cases)
 

@@ -4,13 +4,21 @@ A row's K and V are a function of the salt and of all tokens up to it, as in a r
 is shared wrongly shows.
 """
 
+import gc
+import os
+from contextlib import contextmanager
+
 import torch
 
+from tests.drivers import driver_kind
+from tests.fakecuda import library_path
 from vmalloc import KVCacheConfig, LayerKVSpec, SequenceGroupSpec, create_kv_backend
 
-# Kind -> backend, and where its memory comes from. CUDA's, for the paged one, is torch's.
+# Kind -> backend, and where its memory comes from: CUDA's is that of the stand-in driver, or
+# torch's for the paged backend.
 BACKENDS = {
     "virtual": ("virtual", {}),
+    "virtual(cuda)": ("virtual", {"driver": "cuda"}),
     "paged": ("paged", {}),
     "paged(torch)": ("paged", {"driver": "cuda"}),
 }
@@ -44,6 +52,26 @@ SHAPES = {
     "power of two": {"layers": (LayerKVSpec(num_kv_heads=2, k_head_dim=16, v_head_dim=16),) * 4},
 }
 BASES = [[(base * 7 + i * i) % 50 for i in range(128)] for base in range(3)]
+
+
+@contextmanager
+def stand_in_driver():
+    """Let the CUDA driver be the stand-in, which must be empty again at the end."""
+    before = os.environ.get("VMALLOC_LIBCUDA")
+    os.environ["VMALLOC_LIBCUDA"] = library_path()
+    gc.freeze()  # what is older need not be looked at again
+    try:
+        with driver_kind("cuda") as fake:
+            yield fake
+            if fake.library.fakecuda_leaks():
+                gc.collect()  # what nobody closed goes with its last reference
+            assert fake.library.fakecuda_leaks() == 0
+    finally:
+        gc.unfreeze()
+        if before is None:
+            del os.environ["VMALLOC_LIBCUDA"]
+        else:
+            os.environ["VMALLOC_LIBCUDA"] = before
 
 
 def make_config(shape="odd", **changes):
@@ -100,6 +128,11 @@ class Contents:
             rows = view[place].float()
             expected = (values + i)[:, None, None].expand_as(rows)
             assert torch.equal(rows, expected), f"sequence {seq_id}, view {i}"
+
+    def rows(self, seq_id, count):
+        """The first rows of every layer's K and V, as copies."""
+        place = self._place(seq_id, 0, count)
+        return [view[place] for view in self.views]
 
     def length(self, seq_id):
         return int(self.cache.batch_view([seq_id], [0]).seqused_k[0])

@@ -1,12 +1,15 @@
 """Random operations on every KV backend against a model that knows the contents of every row."""
 
+from contextlib import ExitStack
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
+from vmalloc.core_setup import make_driver
 
-from .backends import BACKENDS, BASES, SHAPES, Contents, make_config
+from .backends import BACKENDS, BASES, SHAPES, Contents, make_config, stand_in_driver
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -18,6 +21,7 @@ class BackendMachine(RuleBasedStateMachine):
     """Every live row is compared after each rule; it depends on the salt and all tokens before."""
 
     kind = ""
+    is_virtual = False
 
     @initialize(
         shape=st.sampled_from(sorted(SHAPES)),
@@ -47,7 +51,7 @@ class BackendMachine(RuleBasedStateMachine):
             max_num_seqs=MAX_SEQS,
             num_slots=MAX_SEQS + spare_slots,
             lookahead_tokens=lookahead,
-            commit_policy=policy if self.kind == "virtual" else "on_demand",
+            commit_policy=policy if self.is_virtual else "on_demand",
             protect_shared=protect,
             max_seq_len=MAX_LEN,
             capacity_bytes=int(share * seq_bytes) + (24 << 10),
@@ -58,8 +62,11 @@ class BackendMachine(RuleBasedStateMachine):
             commit_ahead_tokens=commit_ahead,
             **settings,
         )
-        if self.kind == "virtual":
-            self.driver = _core.FaultDriver(_core.make_host_driver(config.page_bytes))
+        if self.kind == "virtual(cuda)":
+            self.stand_in = ExitStack()
+            self.stand_in.enter_context(stand_in_driver())
+        if self.is_virtual:
+            self.driver = _core.FaultDriver(make_driver(config))
             self.cache = VirtualKVCache(config, driver=self.driver)
         else:
             self.cache = create_kv_backend(config, name)
@@ -259,7 +266,7 @@ class BackendMachine(RuleBasedStateMachine):
         if not self.cache.try_sleep():
             return
         stats = self.cache.stats()
-        num_pinned = self.cache.prefix_stats().pinned_pages if self.kind == "virtual" else 0
+        num_pinned = self.cache.prefix_stats().pinned_pages if self.is_virtual else 0
         assert stats.created_pages <= stats.retired_pages + num_pinned
         with pytest.raises(ConfigError, match="asleep"):
             self.cache.flush_prefixes()
@@ -294,19 +301,19 @@ class BackendMachine(RuleBasedStateMachine):
         self.cache.end_step(self.step)
         self.step = None
 
-    @precondition(lambda self: self.kind == "virtual")
+    @precondition(lambda self: self.is_virtual)
     @rule(hold=st.booleans())
     def hold_fences(self, hold):
         self.driver.hold_fences(hold)
 
     # With a worker, whom it strikes would depend on time.
-    @precondition(lambda self: self.kind == "virtual" and not self.cache.config.commit_ahead_tokens)
+    @precondition(lambda self: self.is_virtual and not self.cache.config.commit_ahead_tokens)
     @rule(call=st.integers(0, 3))
     def run_out(self, call):
         """The machine has no page, or no mapping, for one of the next calls."""
         self.driver.fail_call(call, _core.Fault.OUT_OF_MEMORY)
 
-    @precondition(lambda self: self.kind == "virtual")
+    @precondition(lambda self: self.is_virtual)
     @rule()
     def wait_worker(self):
         self.cache.wait_worker()
@@ -317,7 +324,7 @@ class BackendMachine(RuleBasedStateMachine):
     def books_balance(self):
         if not hasattr(self, "cache"):
             return
-        if self.kind == "virtual":
+        if self.is_virtual:
             self.cache.wait_worker()  # what succeeds must not depend on its pace
         self.cache.check_invariants()
         stats = self.cache.stats()
@@ -347,12 +354,16 @@ class BackendMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
-        if self.kind == "virtual":
+        if self.is_virtual:
             self.driver.hold_fences(False)
         self.cache.close()
-        if self.kind == "virtual":
+        if self.is_virtual:
             counters = self.driver.counters()
             assert counters["create_calls"] == counters["destroy_calls"]
+
+        if self.kind == "virtual(cuda)":
+            del self.cache, self.contents, self.driver
+            self.stand_in.close()
 
     def one_live(self):
         return st.sampled_from(sorted(self.tokens))
@@ -362,7 +373,8 @@ class BackendMachine(RuleBasedStateMachine):
 
 
 def machine_for(kind):
-    machine = type(f"{title(kind)}Machine", (BackendMachine,), {"kind": kind})
+    attributes = {"kind": kind, "is_virtual": BACKENDS[kind][0] == "virtual"}
+    machine = type(f"{title(kind)}Machine", (BackendMachine,), attributes)
     machine.TestCase.__test__ = True
     return machine.TestCase
 

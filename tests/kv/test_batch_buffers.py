@@ -250,7 +250,7 @@ def test_batches_that_do_not_fit_are_refused_by_name(kind):
     for seq_id in range(3):
         engine.admit(seq_id, A[:20])
     cache = engine.cache
-    blocks = 4 if kind != "virtual" else 0
+    blocks = 4 if cache.name == "paged" else 0
     small = KVBatchBuffers.allocate(2, blocks)
     bad_calls = [
         (lambda: cache.batch_view([0, 1, 2], [1, 1, 1], pad_to=2), "pad_to is 2; .* 3 sequences"),
