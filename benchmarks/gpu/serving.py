@@ -6,11 +6,12 @@ random weights made on the GPU. Seeded requests of ShareGPT-like lengths
 prefix caching off, so that both backends do the same work. Runs take turns: the order turns round
 in every round. With graphs, all requests are served once before the timed run.
 
-result: ``copy_gb_per_s``; ``model`` {parameters, seconds to make}; ``workload``; ``runs`` [{kv_backend, cuda_graphs,
-round, kernel, driver, warm_up_s, output_tokens_per_s, total_tokens_per_s, seconds, steps, ttft_ms,
-tpot_ms, itl_ms (percentiles), peak_committed_bytes, peak_live_bytes, capacity_bytes, utilisation,
-roofline (what a median step must read, as share of the copy bandwidth), torch_peak_bytes, critical_pages, background_pages, stall_us, preemptions}]; ``agreement`` {pair of
-runs: share of output tokens before the first difference}.
+result: ``copy_gb_per_s``; ``model`` {parameters, seconds to make}; ``workload``; ``runs``
+[{kv_backend, cuda_graphs, round, kernel, driver, warm_up_s, output_tokens_per_s,
+total_tokens_per_s, seconds, steps, ttft_ms, tpot_ms, itl_ms (percentiles), peak_committed_bytes,
+peak_live_bytes, capacity_bytes, utilisation, roofline (what a median step must read, as share of
+the copy bandwidth), torch_peak_bytes, critical_pages, background_pages, stall_us, preemptions}];
+``agreement`` {pair of runs: share of output tokens before the first difference}.
 
 Expected: with graphs the step is bound by reading the weights (16 GB at the copy bandwidth) and
 both backends tie; the virtual one commits what it needs where the paged one holds its whole pool.
