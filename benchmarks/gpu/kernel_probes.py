@@ -82,7 +82,7 @@ def run_in_child(section: Section, tasks: list[Task]) -> list[Task]:
             command, cwd=ROOT, capture_output=True, text=True, check=False,
             timeout=max(5.0, section.left_s()),
         )  # fmt: skip
-        text, log = done.stdout, done.stderr
+        text, log = done.stdout, done.stderr or f"exit status {done.returncode}"
     except subprocess.TimeoutExpired as error:
         text, log = _decoded(error.stdout), f"{_decoded(error.stderr)}\nstopped: out of time"
     print(text + log[-3000:], flush=True)

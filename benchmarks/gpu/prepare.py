@@ -6,7 +6,8 @@ which the orchestrator puts on ``PYTHONPATH``, and CMake builds ``_core`` into t
 that does not unpack is noted, and its section skips it. In a dry run nothing is built but the
 stand-in libcuda; the extension must be there.
 
-result: ``wheels`` {file: "ok" or why not}, ``build`` {seconds, library}, ``stand_in`` path.
+result: ``wheels`` {file: "ok" or why not}; ``build`` {seconds, library}; ``stand_in``: its path;
+``imported``: where ``_core`` comes from.
 
 Owns: ``build/gpu``.  Thread-safety: none; runs before the other sections.
 """
@@ -42,7 +43,16 @@ def main(section: Section) -> None:
         section.put("stand_in", build_stand_in())
     else:
         section.put("build", build_extension())
-    section.put("import", run([sys.executable, "-c", "import vmalloc._core as c; print(c)"]))
+    section.put("imported", check_import())
+
+
+def check_import() -> str:
+    """Where ``_core`` comes from; RuntimeError if the library is another tree's, installed here."""
+    script = "import vmalloc._core as c, vmalloc as v; print(v.__file__); print(c.__file__)"
+    library, core = run([sys.executable, "-c", script]).splitlines()[-2:]
+    if Path(library).resolve().parent != ROOT / "vmalloc":
+        raise RuntimeError(f"vmalloc is imported from {library}, not from {ROOT}")
+    return core
 
 
 def unpack_wheels(*, dry_run: bool) -> dict[str, str]:
