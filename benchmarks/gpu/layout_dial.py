@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from vmalloc.kernels.buckets import bucket_rows
-from vmalloc.kernels.select import select_kernels
 
 from vmalloc import VirtualKVCache
+from vmalloc.kernels.buckets import bucket_rows
+from vmalloc.kernels.select import select_kernels
 
 from .attention_calls import make_batch
 from .caches import ModelShape, admit, fill, make_cache, model_shape

@@ -13,4 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export PYTHONPATH="$PWD:$PWD/.gpu${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m benchmarks.gpu.run "$@"
+# A checkout's own environment where it has one; on a bare machine the Python that has torch.
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+exec "$python" -m benchmarks.gpu.run "$@"
