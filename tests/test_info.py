@@ -203,8 +203,7 @@ def test_cuda_kernels_name_their_reach_or_their_absence(without):
     assert cuda["slots", "sdpa"]["absent"] is None
     has_triton = importlib.util.find_spec("triton") is not None
     assert (cuda["blocks", "triton"]["absent"] is None) == has_triton
-    line = next(line for line in as_text(without).splitlines() if "Kernels, cuda, slots" in line)
-    assert "sdpa, reads 0 rows past the end" in line
+    assert "sdpa, reads 0 rows past the end" in as_text(without)
 
 
 def test_error_names_need_no_driver():

@@ -86,18 +86,12 @@ def _kernels(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for kernel in facts["attention_kernels"]:
         places.setdefault(f"{kernel['device']}, {kernel['layout']}", []).append(kernel)
     for place, kernels in places.items():
-        present = [_describe_kernel(kernel) for kernel in kernels if kernel["absent"] is None]
-        absent = [
-            f"{kernel['name']} ({kernel['absent']})"
-            for kernel in kernels
-            if kernel["absent"] is not None
-        ]
-        texts = ["; ".join(present) or "none"]
-        texts += [f"absent: {', '.join(absent)}"] if absent else []
-        yield f"Kernels, {place}", "; ".join(texts)
+        yield f"Kernels, {place}", "\n".join(_describe_kernel(kernel) for kernel in kernels)
 
 
 def _describe_kernel(kernel: dict[str, Any]) -> str:
+    if kernel["absent"] is not None:
+        return f"{kernel['name']}: absent, {kernel['absent']}"
     parts = [kernel["name"]]
     if "isa" in kernel:
         parts[0] += f" ({kernel['isa']})"
