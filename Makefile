@@ -9,7 +9,7 @@ JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo test check format asan tsan fakecuda mutations soak bench clean build
+.PHONY: demo test check format asan tsan fakecuda mutations soak bench bench-gpu clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
@@ -65,6 +65,11 @@ bench: build
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/waste.py
 	$(BIN)/python benchmarks/preemption.py
+
+# For a machine with a GPU and its own Python, torch and compilers: sets up no .venv, takes nothing from
+# the network. GPU_ARGS=--dry-run checks it without a GPU.
+bench-gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu/run.sh $(GPU_ARGS)
 
 build: $(VENV)/.built
 

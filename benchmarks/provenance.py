@@ -12,25 +12,31 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def provenance(seed: int) -> dict[str, Any]:
+STAMP = ROOT / ".gpu" / "commit"
+"""Names the commit where the tree is a copy without git."""
+
+
+def provenance(
+    seed: int, packages: Sequence[str] = ("vmalloc", "torch", "numpy")
+) -> dict[str, Any]:
     """What somebody needs to run the same thing again."""
     return {
         "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _commit(),
         "has_local_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "seed": seed,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("vmalloc", "torch", "numpy")},
+        "versions": {name: _version(name) for name in packages},
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
 
@@ -52,6 +58,21 @@ def _relative(path: str) -> str:
         return str(Path(path).resolve().relative_to(ROOT))
     except ValueError:
         return Path(path).name
+
+
+def _commit() -> str:
+    """What git says, else what the stamp says, else ``"unknown"``."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit and STAMP.exists():
+        commit = STAMP.read_text().strip()
+    return commit or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _git(*arguments: str) -> str:

@@ -34,7 +34,8 @@ DeviceContext::DeviceContext(Library& library, int ordinal, const PageKind& kind
 }
 
 DeviceContext::~DeviceContext() {
-  if (context_ != nullptr) static_cast<void>(library_.cuDevicePrimaryCtxRelease(device_));
+  if (context_ == nullptr) return;
+  Library::give_back([this] { return library_.cuDevicePrimaryCtxRelease(device_); });
 }
 
 std::size_t DeviceContext::granularity(int kind) const {

@@ -73,9 +73,9 @@ void CudaDriver::probe() {
   if (created == cuda::kSuccess) {
     const cuda::Handle twice[] = {page, page};
     probe_runs(base, twice);
-    static_cast<void>(library_.cuMemRelease(page));
+    cuda::Library::give_back([&] { return library_.cuMemRelease(page); });
   }
-  static_cast<void>(library_.cuMemAddressFree(base, 2 * page_bytes_));
+  cuda::Library::give_back([&] { return library_.cuMemAddressFree(base, 2 * page_bytes_); });
   if (created != cuda::kOutOfMemory) library_.check("cuMemCreate", created);
 }
 
@@ -95,7 +95,8 @@ void CudaDriver::probe_runs(cuda::DevicePointer base, const cuda::Handle* pages)
     if (probe_.unmap_runs) return;
   }
   for (std::size_t i = 0; i < num_mapped; ++i) {
-    static_cast<void>(library_.cuMemUnmap(base + i * page_bytes_, page_bytes_));
+    cuda::Library::give_back(
+        [&] { return library_.cuMemUnmap(base + i * page_bytes_, page_bytes_); });
   }
 }
 

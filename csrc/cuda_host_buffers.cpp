@@ -33,7 +33,7 @@ void HostBuffers::give_back(char* buffer, std::size_t bytes) noexcept {
   }
   try {
     const CurrentContext current(library_, context_);
-    static_cast<void>(library_.cuMemFreeHost(buffer));
+    Library::give_back([&] { return library_.cuMemFreeHost(buffer); });
   } catch (const DriverError&) {
     // A driver that is gone has unpinned it.
   }
@@ -46,7 +46,9 @@ void HostBuffers::close() noexcept {
     is_closed_ = true;
     buffers.swap(free_);
   }
-  for (char* const buffer : buffers) static_cast<void>(library_.cuMemFreeHost(buffer));
+  for (char* const buffer : buffers) {
+    Library::give_back([&] { return library_.cuMemFreeHost(buffer); });
+  }
 }
 
 void HostBuffers::forget() noexcept {

@@ -64,6 +64,12 @@ class Library {
     return true;
   }
 
+  /// Give something back where nobody could be told of an error: twice at most.
+  template <typename Call>
+  static void give_back(Call call) noexcept {
+    if (call() != kSuccess) static_cast<void>(call());
+  }
+
   /// Whether this is the tests' stand-in, whose device memory the CPU can read.
   [[nodiscard]] bool is_stand_in() const { return is_stand_in_; }
 

@@ -105,7 +105,9 @@ void WorkStream::close() noexcept {
   const std::lock_guard<std::mutex> lock(fence_mutex_);
   for (const Recorded& recorded : recorded_) events_.push_back(recorded.event);
   recorded_.clear();
-  for (const Event event : events_) static_cast<void>(library_.cuEventDestroy(event));
+  for (const Event event : events_) {
+    Library::give_back([&] { return library_.cuEventDestroy(event); });
+  }
   events_.clear();
 }
 

@@ -29,7 +29,9 @@ void PageWindow::unmap(Address address) {
 
 void PageWindow::close() noexcept {
   for (const auto& [number, address] : ranges_) {
-    static_cast<void>(library_.cuMemAddressFree(address, kPagesPerRange * page_bytes_));
+    const DevicePointer range = address;
+    Library::give_back(
+        [&] { return library_.cuMemAddressFree(range, kPagesPerRange * page_bytes_); });
   }
   ranges_.clear();
 }

@@ -95,12 +95,16 @@ void KVArena::close() {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
       SlotPages& mapped = slots_[slot].regions[r];
       if (mapped.pages.empty()) continue;
-      try {
-        driver_->unmap(regions_[r]->page_address(slot, 0), mapped.pages.size());
-      } catch (const DriverError&) {
-        failure = std::current_exception();  // reported once everything else is given back
-        continue;
+      bool is_unmapped = false;
+      for (int i = 0; i < 2 && !is_unmapped; ++i) {
+        try {
+          driver_->unmap(regions_[r]->page_address(slot, 0), mapped.pages.size());
+          is_unmapped = true;
+        } catch (const DriverError&) {
+          failure = std::current_exception();  // reported once everything else is given back
+        }
       }
+      if (!is_unmapped) continue;
       const std::size_t num_held = mapped.num_held();
       for (std::size_t i = 0; i < mapped.pages.size(); ++i) {
         if (i < num_held) {

@@ -314,7 +314,8 @@ class KVArena {
   std::set<std::pair<std::uint32_t, std::size_t>> retiring_;  // (slot, region) with retired pages
   std::set<std::uint32_t> surplus_;  // live slots that may have more pages than they need soon
   std::uint32_t warming_ = kNoSlot;  // idle slot that the last prefetch hint chose
-  bool is_creating_ = false;         // the worker creates spare pages, or is about to
+  bool is_creation_posted_ = false;  // the worker was told to create spare pages
+  bool is_creating_ = false;         // ... and does so right now
   std::size_t num_live_ = 0;
   std::size_t live_rows_ = 0;
   std::size_t needed_pages_ = 0;  // of live slots; what they share counts for each

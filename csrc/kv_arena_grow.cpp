@@ -345,12 +345,18 @@ void KVArena::work(std::uint32_t job) {
 
 /// Have the worker create pages ahead of need, so that growth finds them.
 void KVArena::post_spare_pages() {
-  if (worker_ == nullptr || is_creating_ || pool_.stats().num_free >= config_.spare_pages) return;
-  is_creating_ = true;
+  if (worker_ == nullptr || is_creation_posted_) return;
+  if (pool_.stats().num_free >= config_.spare_pages) return;
+  is_creation_posted_ = true;
   worker_->post(kSparePages);
 }
 
 void KVArena::create_spare_pages() {
+  {
+    const Lock lock(mutex_);
+    is_creation_posted_ = false;
+    is_creating_ = true;
+  }
   std::exception_ptr failure;
   try {
     pool_.top_up(config_.spare_pages);

@@ -30,10 +30,13 @@ PagePool::~PagePool() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (PageId page = 0; page < pages_.size(); ++page) {
     if (absent_.contains(page)) continue;
-    try {
-      driver_->destroy_page(pages_[page].handle);
-    } catch (const DriverError&) {
-      // A driver that is gone at exit has taken its pages with it.
+    for (int i = 0; i < 2; ++i) {
+      try {
+        driver_->destroy_page(pages_[page].handle);
+        break;
+      } catch (const DriverError&) {
+        // Once more; a driver that is gone at exit has taken its pages with it.
+      }
     }
   }
 }

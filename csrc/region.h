@@ -41,10 +41,13 @@ class Region {
 
   ~Region() {
     if (guard_.is_forked_child()) return;
-    try {
-      driver_->release(address_, bytes_);
-    } catch (const DriverError&) {
-      // At exit the driver may be gone, and the addresses with it.
+    for (int i = 0; i < 2; ++i) {
+      try {
+        driver_->release(address_, bytes_);
+        return;
+      } catch (const DriverError&) {
+        // Once more; at exit the driver may be gone, and the addresses with it.
+      }
     }
   }
   Region(const Region&) = delete;

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .backend import KVBatchBuffers, KVBatchView, packed_offsets
 from .errors import ConfigError
@@ -79,34 +80,20 @@ class BatchViews:
         offsets = packed_offsets(shape.batch if out is None else out.max_batch)
         size = offsets[-1] + shape.batch * shape.width
         if self._device.type == "cpu":
-            packed = torch.empty(size, dtype=torch.int32) if out is None else out.packed
-            _fill(packed.numpy(), offsets, batch, shape, scratch)
+            ints = np.empty(size, np.int32) if out is None else out.packed.numpy()
+            _fill(ints, offsets, batch, shape, scratch)
+            return _view(lambda first, end: torch.from_numpy(ints[first:end]), offsets, shape)
+        staged = torch.empty(size, dtype=torch.int32, pin_memory=True)
+        _fill(staged.numpy(), offsets, batch, shape, scratch)
+        if out is None:
+            packed = staged.to(self._device, non_blocking=True)
         else:
-            staged = torch.empty(size, dtype=torch.int32, pin_memory=True)
-            _fill(staged.numpy(), offsets, batch, shape, scratch)
-            if out is None:
-                packed = staged.to(self._device, non_blocking=True)
-            else:
-                packed = out.packed
-                packed[:size].copy_(staged, non_blocking=True)
-        slots, sums, lens, table = offsets
-        count = shape.batch
-        return KVBatchView(
-            cache_batch_idx=packed[slots : slots + count],
-            cu_seqlens_q=packed[sums : sums + count + 1],
-            seqused_k=packed[lens : lens + count],
-            max_seqlen_q=shape.max_seqlen_q,
-            max_seqlen_k=shape.max_seqlen_k,
-            block_table=(
-                None
-                if batch.table is None
-                else packed[table : table + count * shape.width].view(count, shape.width)
-            ),
-        )
+            packed = out.packed
+            packed[:size].copy_(staged, non_blocking=True)
+        return _view(lambda first, end: packed[first:end], offsets, shape)
 
     def _shape(self, batch: Batch, pad_to: int | None, max_seqlen_k: int | None) -> Shape:
         count = len(batch.lens)
-        lens = np.asarray(batch.lens, np.int32)
         if len(batch.num_new_tokens) != count:
             raise ConfigError(
                 f"{len(batch.num_new_tokens)} numbers of new tokens are given for {count} sequences"
@@ -114,7 +101,7 @@ class BatchViews:
         if pad_to is not None and pad_to < count:
             raise ConfigError(f"pad_to is {pad_to}; the batch has {count} sequences")
         is_padded = pad_to is not None and pad_to > count
-        longest = max(int(lens.max(initial=0)), int(is_padded))
+        longest = max(_longest(batch.lens), int(is_padded))
         if max_seqlen_k is not None and not longest <= max_seqlen_k <= self._max_seq_len:
             raise ConfigError(
                 f"max_seqlen_k is {max_seqlen_k}; it must be between the longest sequence's "
@@ -140,6 +127,26 @@ class BatchViews:
             raise ConfigError(f"out is on {out.packed.device}; the cache is on {self._device}")
 
 
+def _longest(lens: Sequence[int] | Ints) -> int:
+    return int(lens.max(initial=0)) if isinstance(lens, np.ndarray) else max(lens, default=0)
+
+
+def _view(
+    part: Callable[[int, int], Tensor], offsets: tuple[int, int, int, int], shape: Shape
+) -> KVBatchView:
+    slots, sums, lens, table = offsets
+    count, width = shape.batch, shape.width
+    block_table = part(table, table + count * width).view(count, width) if width else None
+    return KVBatchView(
+        cache_batch_idx=part(slots, slots + count),
+        cu_seqlens_q=part(sums, sums + count + 1),
+        seqused_k=part(lens, lens + count),
+        max_seqlen_q=shape.max_seqlen_q,
+        max_seqlen_k=shape.max_seqlen_k,
+        block_table=block_table,
+    )
+
+
 def _fill(
     ints: Ints, offsets: tuple[int, int, int, int], batch: Batch, shape: Shape, scratch: int
 ) -> None:
@@ -147,14 +154,15 @@ def _fill(
     slots, sums, lens, table = offsets
     count, padded = len(batch.lens), shape.batch
     ints[slots : slots + count] = 0 if batch.slots is None else batch.slots
-    ints[slots + count : slots + padded] = 0 if batch.slots is None else scratch
     ints[sums] = 0
     new_tokens = ints[sums + 1 : sums + 1 + padded]
     new_tokens[:count] = batch.num_new_tokens
-    new_tokens[count:] = 1
-    np.cumsum(new_tokens, out=new_tokens)
     ints[lens : lens + count] = batch.lens
-    ints[lens + count : lens + padded] = 1
+    if padded > count:
+        ints[slots + count : slots + padded] = 0 if batch.slots is None else scratch
+        new_tokens[count:] = 1
+        ints[lens + count : lens + padded] = 1
+    new_tokens.cumsum(out=new_tokens)
     if batch.table is not None:
         rows = ints[table : table + padded * shape.width].reshape(padded, shape.width)
         rows[:count] = batch.table(shape.width)

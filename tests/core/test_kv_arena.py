@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -456,6 +457,23 @@ class TestWorker:
         assert extend(arena, slot, 64)
         arena.check_invariants()
 
+    def test_nobody_waits_for_spare_pages_that_a_failed_worker_will_not_create(self):
+        driver = _core.FaultDriver(make_driver())
+        arena = make_arena(driver, ahead_rows=8, spare_pages=2)
+        slot = admit(arena, 4)
+        arena.wait_worker()
+        assert arena.stats()["free_pages"] == 2
+        arena.end_step(arena.begin_step())  # what has a fence has got it
+        driver.fail_call(0, _core.Fault.ERROR)
+        assert arena.try_extend([slot], [9])
+        arena.wait_worker()
+        assert "INJECTED" in arena.stats()["worker_error"]
+        assert arena.try_extend([slot], [64])  # takes the spare ones, and asks for new ones
+        waiter = threading.Thread(target=arena.check_invariants, daemon=True)
+        waiter.start()
+        waiter.join(timeout=20)
+        assert not waiter.is_alive()
+
 
 class TestScrub:
     def _fill_and_recycle(self, **settings):
@@ -520,6 +538,7 @@ class TestProcess:
     def test_interpreter_exit_with_everything_alive_is_clean(self):
         script = """
 import sys
+import threading
 sys.path.insert(0, '.')
 from tests.arenas import admit, make_arena
 arena = make_arena(ahead_rows=8)

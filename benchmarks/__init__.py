@@ -1,0 +1,4 @@
+"""Measurements of vmalloc. Scripts of this folder run by path; ``gpu`` as modules from the root.
+
+Owns: nothing.  Thread-safety: nothing to share.
+"""
