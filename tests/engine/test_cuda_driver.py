@@ -117,8 +117,10 @@ def test_a_decode_step_that_crosses_no_page_makes_no_driver_call(
         assert engine.kv_stats().page_bytes == PAGE
         num_calls = []
         for _ in range(24):
+            engine.backend.wait_worker()  # it may be creating pages to have at hand
             before = stand_in.total_calls
             engine.step()
+            engine.backend.wait_worker()
             num_calls.append(stand_in.total_calls - before)
         assert len([count for count in num_calls if count == 0]) == 18
         assert [count > 0 for count in num_calls] == [True, False, False, False] * 6
