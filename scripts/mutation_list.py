@@ -15,6 +15,7 @@ SHARING = "tests/core/test_kv_arena_sharing.py"
 
 PARALLEL = f"{AGREE}::TestMethods::test_one_method[n=4-5x3x40-0]"
 BEAMS = f"{AGREE}::TestMethods::test_one_method[beam-5x3x40-0]"
+CUDA = "tests/core/test_cuda_driver.py"
 ALL_METHODS = f"{AGREE}::TestMethods::test_all_methods_in_one_batch[5x3x40-0]"
 PREFIXES = f"{AGREE}::test_prefixes_of_requests_that_ended_or_still_run[ended-0-5x3x40]"
 SWAP = f"{PREEMPTION}::test_preemption_at_random_steps[0-swap-5x3x40]"
@@ -104,8 +105,8 @@ COPY_ON_WRITE = [
         "paged: one row of a copied block is missing",
         PARALLEL,
         "vmalloc/paged_sequences.py",
-        "self._storage.copy_rows(int(source), int(target), num_rows)",
-        "self._storage.copy_rows(int(source), int(target), num_rows - 1)",
+        "targets.tolist(), num_rows.tolist(), strict=True))",
+        "targets.tolist(), (num_rows - 1).tolist(), strict=True))",
     ),
 ]
 
@@ -138,6 +139,45 @@ FENCE = [
         "csrc/kv_arena.cpp",
         "if (!mapped.pages.empty()) return;",
         "if (mapped.pages.size() > config_.max_pages) return;",
+    ),
+]
+
+PENDING = [
+    _mutation(
+        "cuda: what was enqueued between two steps has no epoch",
+        f"{CUDA}::TestPendingWork::test_what_the_driver_enqueued_between_steps_is_waited_for",
+        "csrc/kv_arena_grow.cpp",
+        "if (growth.is_enqueued) mapped.enqueued_in = note_enqueued();",
+        "static_cast<void>(&KVArena::note_enqueued);",
+    ),
+    _mutation(
+        "cuda: a failed growth unmaps what is being cleared",
+        f"{CUDA}::TestPendingWork::"
+        "test_a_growth_that_fails_waits_before_it_unmaps_what_is_being_cleared",
+        "csrc/kv_arena_grow.cpp",
+        "if (growth.is_enqueued) driver_->wait_enqueued();",
+        "",
+    ),
+    _mutation(
+        "cuda: a page is destroyed under the copy that reads it",
+        f"{CUDA}::TestPendingWork::test_a_page_is_not_destroyed_under_the_copy_that_reads_it",
+        "csrc/cuda_driver.cpp",
+        "if (!stream_.is_done(page.last_access)) stream_.wait();",
+        "",
+    ),
+    _mutation(
+        "cuda: new pages are not cleared",
+        f"{CUDA}::TestContents::test_new_pages_are_zeros_whatever_the_driver_hands_out",
+        "csrc/cuda_driver.cpp",
+        "return page != pages_.end() && page->second.is_fresh;",
+        "return page == pages_.end();",
+    ),
+    _mutation(
+        "cuda: lack of memory in the middle of a mapping leaves it there",
+        f"{CUDA}::TestErrors",
+        "csrc/cuda_driver.cpp",
+        "if (num_mapped > 0) unmap(address, num_mapped);",
+        "",
     ),
 ]
 
@@ -258,8 +298,8 @@ PREFIX_INDEX = [
         "paged: one row of a cached tail is not copied",
         PREFIXES,
         "vmalloc/paged_sequences.py",
-        "int(own[0]), tail[1])",
-        "int(own[0]), tail[1] - 1)",
+        "self._copy((source, int(own[0]), num_rows) for own in own_blocks)",
+        "self._copy((source, int(own[0]), num_rows - 1) for own in own_blocks)",
     ),
     _mutation(
         "virtual: a hit starts with one row less than it says",
@@ -317,4 +357,4 @@ DECODING = [
     ),
 ]
 
-MUTATIONS = [*COPY_ON_WRITE, *FENCE, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING]
+MUTATIONS = [*COPY_ON_WRITE, *FENCE, *PENDING, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING]

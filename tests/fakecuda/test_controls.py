@@ -266,6 +266,7 @@ def test_cuda_python_over_the_stand_in() -> None:
         | {
             "LD_LIBRARY_PATH": str(Path(library_path()).parent),
             "PYTHONPATH": os.pathsep.join(sys.path),
+            "FAKECUDA_GRAN_KB": str(GRANULE >> 10),
         },
         capture_output=True,
         text=True,
