@@ -174,7 +174,7 @@ PENDING = [
     ),
     _mutation(
         "cuda: lack of memory in the middle of a mapping leaves it there",
-        f"{CUDA}::TestErrors",
+        f"{CUDA}::TestErrors::test_lack_of_memory_is_a_value_and_another_error_is_named",
         "csrc/cuda_driver.cpp",
         "if (num_mapped > 0) unmap(address, num_mapped);",
         "",
