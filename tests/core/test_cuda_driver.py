@@ -231,8 +231,11 @@ class TestPendingWork:
     @pytest.mark.parametrize("end", ["free", "truncate", "close"])
     def test_what_the_driver_enqueued_between_steps_is_waited_for(self, fake, driver, end):
         arena = make_arena(driver, num_slots=6, max_pages=32)
-        parent = admit(arena, 20)
+        parent, other = arena.try_admit(2, 20)
         arena.end_step(arena.begin_step())
+        free(arena, other)
+        driver.wait_enqueued()
+        assert arena.can_admit(1, 1)  # looks at the fence: nothing runs, and the arena knows
         (child,) = arena.try_fork(parent, 1, 20)  # its tail is copied when the device gets to it
         assert fake.pending(0) > 0
         if end == "free":
@@ -253,6 +256,7 @@ class TestPendingWork:
         slot = admit(arena, 8)
         fake.ctl("cuMemMap:fail=2")  # the second region's page, after the first one's was cleared
         assert not extend(arena, slot, 16)
+        driver.wait_enqueued()
         assert extend(arena, slot, 16)
         driver.wait_enqueued()
 
