@@ -373,11 +373,18 @@ class TestSharing:
         with pytest.raises(ConfigError, match="not made exportable"):
             driver.export_page(driver.try_create_page(0))
 
-    def test_network_cards_are_asked_for(self, fake):
-        try:
-            make_driver(gpu_direct_rdma=True).try_create_page(0)
-        except ConfigError as error:
-            assert "GPUDirect" in str(error)  # the stand-in's attribute says which
+    @pytest.mark.parametrize(
+        ("mode", "setting", "message"),
+        [
+            ("rdma", "gpu_direct_rdma", "GPUDirect RDMA"),
+            ("posix_fd", "exportable", "export memory"),
+        ],
+    )
+    def test_what_the_device_lacks_is_refused(self, fake, mode, setting, message):
+        assert make_driver(**{setting: True}).try_create_page(0) is not None
+        fake.ctl(f"{mode}=0")
+        with pytest.raises(ConfigError, match=message):
+            make_driver(**{setting: True})
 
 
 class TestProcess:
