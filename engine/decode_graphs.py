@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,8 +75,10 @@ class CudaGraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         cuda: Any = torch.cuda
+        self._device = device
         self._pool = cuda.graph_pool_handle()
         self._stream = cuda.Stream(device)
+        self._failed: list[Any] = []
 
     def record(self, run: Run) -> Run:
         current = torch.cuda.current_stream()
@@ -95,6 +98,8 @@ class CudaGraphRecorder:
             ):
                 output = run()
         except RuntimeError as error:
+            self._failed.append(graph)  # torch 2.11 goes on asking it about allocations
+            self._clean_up()
             raise CaptureError(str(error).partition("\n")[0]) from error
 
         def replay() -> Tensor:
@@ -102,6 +107,27 @@ class CudaGraphRecorder:
             return output
 
         return replay
+
+    def _clean_up(self) -> None:
+        """Take back what a failed capture leaves set in torch up to 2.11; later ones do so.
+
+        The allocator would hold that a capture is under way (pytorch pull request 180395), and
+        random numbers on the device would be refused until a capture ends well.
+        """
+        core: Any = torch._C
+        with suppress(AttributeError, RuntimeError):
+            core._cuda_endAllocateToPool(self._device.index, self._pool)
+        current = torch.cuda.current_stream()
+        with suppress(RuntimeError):
+            number = torch.zeros(1, device=self._device)
+            torch.cuda.synchronize(self._device)
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(
+                    torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                number.add_(1)
 
 
 class StaticInputs:

@@ -237,7 +237,10 @@ class LLMEngine:
         if not self._backend.try_sleep():
             self._scheduler.preempt_all()
             if not self._backend.try_sleep():
-                raise VmallocError("the KV cache cannot sleep although no sequence is live")
+                raise VmallocError(
+                    "the KV cache cannot sleep although no sequence is live: a "
+                    f"{self._backend.name} one on {self.config.device} gave no memory back"
+                )
         self._is_asleep = True
 
     @_on_stream

@@ -81,6 +81,7 @@ def time_runs(
         for name in ("map_new", "map"):
             idle += not keep()
             timed(times[name], driver.try_map, address, pages)
+            driver.wait_enqueued()  # new memory is being cleared, and must not be unmapped yet
             idle += not keep()
             timed(times["unmap"], driver.unmap, address, num_pages)
         idle += not keep()
@@ -114,7 +115,7 @@ def time_threads(
         try:
             num_bytes = THREAD_PAGES * driver.page_bytes
             address = driver.try_reserve(num_bytes)
-            pages = [driver.try_create_page(i) for i in range(THREAD_PAGES)]
+            pages = _cleared_pages(driver, address)
             barrier.wait()
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:
@@ -215,7 +216,7 @@ def time_launches(driver: Any) -> dict[str, Any]:
     is_done = threading.Event()
     num_bytes = THREAD_PAGES * driver.page_bytes
     address = driver.try_reserve(num_bytes)
-    pages = [driver.try_create_page(i) for i in range(THREAD_PAGES)]
+    pages = _cleared_pages(driver, address)
 
     def launch() -> list[float]:
         times: list[float] = []
@@ -249,6 +250,16 @@ def time_launches(driver: Any) -> dict[str, Any]:
         driver.destroy_page(page)
     driver.release(address, num_bytes)
     return found
+
+
+def _cleared_pages(driver: Any, address: int) -> list[int]:
+    """``THREAD_PAGES`` pages that were mapped before: only the first time are they cleared, and
+    until that is done they must not be unmapped."""
+    pages = [driver.try_create_page(i) for i in range(THREAD_PAGES)]
+    driver.try_map(address, pages)
+    driver.wait_enqueued()
+    driver.unmap(address, THREAD_PAGES)
+    return pages
 
 
 def _keep_busy(load: Load) -> bool:

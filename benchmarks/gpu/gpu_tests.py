@@ -5,13 +5,15 @@ test, message}]. The JUnit reports of all suites go to ``gpu_tests.xml`` beside 
 A dry run collects the tests (``collected``) and runs none. Fails if a test does, or if none ran.
 
 Warnings are no errors here: the machine's versions are not the ones that the suite is kept clean
-for.
+for. Where pytest-xdist is there, a few processes share the GPU: most of the time goes into
+compiling kernels. A suite whose time is up is interrupted, so that what it has run is reported.
 
 Owns: the report.  Thread-safety: none; one process, one suite at a time.
 """
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,10 @@ SUITES = {"tests/gpu": 0.75, "tests/kernels/on_device": 1.0}
 
 MAX_FAILURES = 8
 SECONDS_PER_TEST = 60
+NUM_PROCESSES = 4
+GRACE_SECONDS = 12.0
+"""Of a suite's time, for the report of one that is interrupted: xdist gives its workers 10 s."""
+STOPPED = 124  # as timeout(1) says it
 NO_TESTS = 5  # pytest's exit status where nothing was collected
 
 
@@ -57,26 +63,24 @@ def main(section: Section) -> None:
 
 def collect(folders: list[str], seconds: float) -> str:
     """See that every test file imports; pytest's last line."""
-    done = _pytest([*folders, "--collect-only"], seconds=seconds)
-    print(done.stdout, flush=True)
-    if done.returncode not in (0, NO_TESTS):
-        raise RuntimeError(f"collecting {', '.join(folders)} gave {done.returncode}")
-    return done.stdout.strip().splitlines()[-1]
+    returncode, text = _pytest([*folders, "--collect-only"], seconds=seconds)
+    print(text, flush=True)
+    if returncode not in (0, NO_TESTS):
+        raise RuntimeError(f"collecting {', '.join(folders)} gave {returncode}")
+    return text.strip().splitlines()[-1]
 
 
-def run_suite(folder: str, report: Path, seconds: float) -> dict[str, Any]:
+def run_suite(
+    folder: str, report: Path, seconds: float, num_processes: int = NUM_PROCESSES
+) -> dict[str, Any]:
     """One suite under its time limit; counts come from its report."""
     start = time.monotonic()
     arguments = [folder, f"--junitxml={report}", f"--maxfail={MAX_FAILURES}"]
     if find_spec("pytest_timeout") is not None:
         arguments.append(f"--timeout={SECONDS_PER_TEST}")
-    try:
-        done = _pytest(arguments, seconds=seconds)
-        returncode, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        returncode, text = 124, f"{text}\nstopped after {seconds:.0f} s"
+    if num_processes > 1 and find_spec("xdist") is not None:
+        arguments += ["-n", str(num_processes)]
+    returncode, text = _pytest(arguments, seconds=seconds)
     print(text, flush=True)
     counts = count_results(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
     return {**counts, "seconds": round(time.monotonic() - start, 1), "returncode": returncode}
@@ -113,17 +117,29 @@ def merge_reports(reports: list[Path], target: Path) -> None:
     ET.ElementTree(merged).write(target, encoding="utf-8", xml_declaration=True)
 
 
-def _pytest(arguments: list[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+def _pytest(arguments: list[str], *, seconds: float) -> tuple[int, str]:
+    """Exit status and output; ``STOPPED`` if its time was up."""
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
-    return subprocess.run(
+    process = subprocess.Popen(
         [*command, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=max(5.0, seconds),
-        check=False,
+        errors="replace",
     )
+    limit = max(5.0, seconds - GRACE_SECONDS)
+    try:
+        text, _ = process.communicate(timeout=limit)
+        return process.returncode, text
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        text, _ = process.communicate(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()
+    return STOPPED, f"{text}\nstopped after {limit:.0f} s"
 
 
 if __name__ == "__main__":

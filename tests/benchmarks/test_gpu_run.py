@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.gpu import summary
+from benchmarks.gpu import gpu_tests, summary
 from benchmarks.gpu.child import run_child
 from benchmarks.gpu.plan import RESERVED_SECONDS, SECTIONS, Budget, choose_sections
 from benchmarks.gpu.prepare import ROOT
@@ -125,6 +125,22 @@ def test_child_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     assert ending.returncode is None
     assert run_child(["sleep", "2.5"], env=dict(os.environ), cwd=tmp_path, limit_s=9, log=log)
     assert not marker.exists()
+
+
+def test_a_suite_whose_time_is_up_reports_what_it_ran(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import time\n"
+        "def test_one(): pass\n"
+        "def test_two(): assert 1 == 2\n"
+        "def test_three(): time.sleep(60)\n"
+    )
+    seconds = 10 + gpu_tests.GRACE_SECONDS
+    found = gpu_tests.run_suite(str(tmp_path), tmp_path / "report.xml", seconds, 1)
+    assert found["returncode"] == gpu_tests.STOPPED
+    assert found["passed"] > 0
+    assert found["failed"] == 1
+    (failure,) = gpu_tests.read_failures([tmp_path / "report.xml"])
+    assert "1 == 2" in failure["message"]
 
 
 def test_a_stopped_section_leaves_what_it_had(tmp_path):

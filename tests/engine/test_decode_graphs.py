@@ -7,8 +7,10 @@ very tensors that were static when it was: what is not written into them is not 
 from __future__ import annotations
 
 import copy
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -398,3 +400,57 @@ class TestCompilation:
         monkeypatch.setattr(compiled_model, "BACKEND", broken)
         with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be compiled.*no code"):
             make(max_num_seqs=1, compile=True)
+
+
+class PretendedCuda:
+    """What ``CudaGraphRecorder`` calls of ``torch.cuda``; the first capture fails as it ends."""
+
+    def __init__(self) -> None:
+        self.captures: list[object] = []
+        self.pools_ended: list[tuple[object, object]] = []
+
+    def Stream(self, device: object) -> Any:
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self) -> Any:
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 1)
+
+    def synchronize(self, device: object = None) -> None:
+        pass
+
+    def CUDAGraph(self) -> Any:
+        return types.SimpleNamespace(replay=lambda: None)
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(self, graph: object, **_: object) -> Iterator[None]:
+        self.captures.append(graph)
+        yield
+        if len(self.captures) == 1:
+            raise RuntimeError("operation failed due to a previous error during capture\nmore")
+
+
+def test_a_failed_capture_is_followed_by_one_that_ends_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch 2.11 refuses random numbers on the device until then."""
+    cuda = PretendedCuda()
+    for name in ("Stream", "current_stream", "graph_pool_handle", "synchronize", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
+    monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
+    end = lambda device, pool: cuda.pools_ended.append((device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    recorder = decode_graphs.CudaGraphRecorder(torch.device("cpu", 0))
+    with pytest.raises(CaptureError, match=r"previous error during capture$"):
+        recorder.record(lambda: torch.zeros(1))
+    assert len(cuda.captures) == 2
+    assert cuda.pools_ended == [(0, (0, 1))]
+    recorder.record(lambda: torch.zeros(1))()
+    assert len(cuda.captures) == 3

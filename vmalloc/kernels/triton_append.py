@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .device_address import pointer_of
 from .triton_tiles import find_rows, find_tile, max_tiles, table_of
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def launch_append(
     append_kernel[(max_tiles(num_tokens, batch, 1, rows),)](
         key,
         value,
-        k_cache,
-        v_cache,
+        pointer_of(k_cache),
+        pointer_of(v_cache),
         view.cu_seqlens_q,
         view.seqused_k,
         table,

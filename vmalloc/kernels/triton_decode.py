@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device_address import pointer_of
 from .triton_tiles import LOG2_E, add_sinks, attend, load_rows, store_rows, table_of, tile_sizes
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def launch_decode(call: AttentionCall, out: Tensor) -> None:
         partial_max,
         partial_sum,
         query,
-        k_cache,
-        v_cache,
+        pointer_of(k_cache),
+        pointer_of(v_cache),
         view.cu_seqlens_q,
         view.seqused_k,
         table,

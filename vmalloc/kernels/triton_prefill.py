@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .device_address import pointer_of
 from .triton_tiles import (
     add_sinks,
     attend,
@@ -45,8 +46,8 @@ def launch_prefill(call: AttentionCall, out: Tensor) -> None:
     prefill_kernel[(num_tiles, num_kv_heads)](
         out,
         query,
-        k_cache,
-        v_cache,
+        pointer_of(k_cache),
+        pointer_of(v_cache),
         view.cu_seqlens_q,
         view.seqused_k,
         table,
