@@ -304,6 +304,22 @@ class TestErrors:
         with pytest.raises(ConfigError, match="no device"):
             make_driver()
 
+    @pytest.mark.parametrize("version", [11030, 12080, 13000])
+    def test_every_driver_since_cuda_11_3_will_do(self, version):
+        script = """
+from tests import fakecuda
+from vmalloc import _core
+print(_core.cuda_absence(fakecuda.library_path()))
+"""
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "FAKECUDA_CTL": f"driver_version={version}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.stdout, result.stderr) == ("None\n", "")
+
     def test_page_size_must_fit_the_granularity(self, fake):
         assert _core.make_cuda_driver(library=fakecuda.library_path()).page_bytes == PAGE
         with pytest.raises(ConfigError, match=r"6912.*cuda driver's granularity, 4096"):
