@@ -283,6 +283,15 @@ class TestPendingWork:
         driver.wait_enqueued()
         assert driver.fence_passed(fence)
 
+    def test_pages_are_protected_only_once_the_kernels_that_write_them_are_done(self, fake, driver):
+        arena = make_arena(driver, protect_shared=True)
+        slot = admit(arena, 16)
+        epoch = arena.begin_step()
+        fake.touch(_address(arena, slot), 16 * 512, write=True)  # the rows' keys and values
+        arena.end_step(epoch)
+        assert arena.try_fork(slot, 1, 16) is not None
+        driver.wait_enqueued()
+
     def test_a_stream_without_an_event_to_be_had_is_waited_for(self, fake, driver):
         base = driver.try_reserve(PAGE)
         assert driver.try_map(base, new_pages(driver, 1))
