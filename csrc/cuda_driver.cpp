@@ -35,7 +35,6 @@ CudaDriver::CudaDriver(const CudaOptions& options)
 CudaDriver::~CudaDriver() {
   if (guard_.is_forked_child()) {
     device_.forget();
-    host_buffers_->forget();
     return;
   }
   try {

@@ -438,6 +438,16 @@ class TestProcess:
         assert "this CUDA driver belongs to the parent" in message
         assert driver.try_create_page(0) is not None
 
+    def test_a_forked_child_leaves_swapped_pages_to_the_parent(self, fake, driver):
+        arena = make_arena(driver, max_rows=800, max_pages=100, swap_bytes=1 << 20)
+        assert arena.try_swap_out(arena.try_admit(1, 700)) is not None  # more than buffers kept
+        child = os.fork()
+        if child == 0:
+            before = fake.all_calls()
+            del arena, driver
+            os._exit(0 if fake.all_calls() == before else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
     @pytest.mark.parametrize("ending", ["close", "exit"])
     def test_a_dead_driver_does_not_disturb_the_end(self, ending):
         script = f"""
