@@ -41,6 +41,9 @@ CudaDriver::~CudaDriver() {
     const cuda::CurrentContext current(library_, device_.context());
     for (const auto& [handle, page] : pages_) {
       if (page.window != 0) static_cast<void>(library_.cuMemUnmap(page.window, page_bytes_));
+      // Nobody destroyed it: its owner is gone, or was refused twice.
+      const cuda::Handle left = handle;
+      cuda::Library::give_back([&] { return library_.cuMemRelease(left); });
     }
     window_.close();
     stream_.close();

@@ -471,6 +471,14 @@ print("ok")
         )
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
+    def test_pages_that_nobody_destroyed_go_with_the_driver(self, fake):
+        driver = make_driver()
+        pages = new_pages(driver, 3)
+        assert driver.try_write_pages(pages[:1], [bytes(PAGE)])
+        assert fake.used_bytes == 3 * PAGE
+        del driver
+        assert (fake.used_bytes, fake.leaks) == (0, 0)
+
     def test_nothing_is_left_of_an_arena(self, fake):
         arena = make_arena(
             make_driver(),
