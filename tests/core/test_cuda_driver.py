@@ -149,6 +149,8 @@ class TestProbe:
         assert driver.try_map(base, new_pages(driver, 1))
         with pytest.raises(ConfigError, match="for reading only"):
             driver.protect(base, 1, is_writable=False)
+        with pytest.raises(ConfigError, match="protect_shared"):
+            make_arena(driver, protect_shared=True)
 
     def test_a_full_device_leaves_the_careful_ways(self, fake):
         fake.ctl("cuMemCreate:fail=1")
