@@ -39,6 +39,8 @@ CudaDriver::~CudaDriver() {
   }
   try {
     const cuda::CurrentContext current(library_, device_.context());
+    // A copy that still reads the window would meet error 700, which others in the process share.
+    if (!stream_.is_done(stream_.num_enqueued())) stream_.wait();
     for (const auto& [handle, page] : pages_) {
       if (page.window != 0) static_cast<void>(library_.cuMemUnmap(page.window, page_bytes_));
       // Nobody destroyed it: its owner is gone, or was refused twice.

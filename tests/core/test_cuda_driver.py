@@ -481,6 +481,14 @@ print("ok")
         del driver
         assert (fake.used_bytes, fake.leaks) == (0, 0)
 
+    def test_a_driver_does_not_go_before_the_copies_it_enqueued(self, fake):
+        driver = make_driver()
+        source = driver.try_create_page(0)
+        assert _copy(driver, source)
+        assert fake.pending() > 0
+        del driver
+        assert fake.run_stream() == fakecuda.SUCCESS
+
     def test_nothing_is_left_of_an_arena(self, fake):
         arena = make_arena(
             make_driver(),
