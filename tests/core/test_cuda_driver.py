@@ -85,6 +85,16 @@ class TestBatching:
         assert stats["critical_creates"] == created
         assert stats["created_pages"] == stats["in_use_pages"] + 8
 
+    def test_pages_created_to_bring_sequences_back_are_counted(self, driver):
+        arena = make_arena(driver, swap_bytes=1 << 20)
+        group = arena.try_swap_out([admit(arena, 40)])
+        arena.trim(0)
+        before = arena.stats()
+        assert arena.try_swap_in(group) is not None
+        after = arena.stats()
+        assert after["create_calls"] - before["create_calls"] == 5
+        assert after["critical_creates"] - before["critical_creates"] == 5
+
     def test_spare_pages_stay_within_the_cap(self, driver):
         arena = make_arena(driver, max_pages=6, ahead_rows=8, spare_pages=8)
         slot = admit(arena, 8)
