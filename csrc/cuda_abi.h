@@ -43,8 +43,10 @@ constexpr int kGranularityRecommended = 1;
 constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kHostPortable = 1;
 
-/// The ABI whose functions cuGetProcAddress is asked for. 12.0 has all we call.
-constexpr int kAbiVersion = 12000;
+/// The ABI whose functions cuGetProcAddress is asked for: the first that has it. It has all we
+/// call, in their last form, and a driver refuses to name functions of a later version than its
+/// own.
+constexpr int kAbiVersion = 11030;
 
 struct Location {
   int type;

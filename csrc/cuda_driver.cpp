@@ -35,13 +35,17 @@ CudaDriver::CudaDriver(const CudaOptions& options)
 CudaDriver::~CudaDriver() {
   if (guard_.is_forked_child()) {
     device_.forget();
-    host_buffers_->forget();
     return;
   }
   try {
     const cuda::CurrentContext current(library_, device_.context());
+    // A copy that still reads the window would meet error 700, which others in the process share.
+    if (!stream_.is_done(stream_.num_enqueued())) stream_.wait();
     for (const auto& [handle, page] : pages_) {
       if (page.window != 0) static_cast<void>(library_.cuMemUnmap(page.window, page_bytes_));
+      // Nobody destroyed it: its owner is gone, or was refused twice.
+      const cuda::Handle left = handle;
+      cuda::Library::give_back([&] { return library_.cuMemRelease(left); });
     }
     window_.close();
     stream_.close();

@@ -61,6 +61,7 @@ class CudaDriver final : public Driver {
   std::size_t page_bytes() const override { return page_bytes_; }
   TensorDevice tensor_device() const override;
   bool is_async() const override { return true; }
+  bool can_protect() const override { return probe_.read_only; }
   std::uint64_t num_enqueued() const override { return stream_.num_enqueued(); }
   void use_stream(Stream stream) override;
   std::optional<Address> try_reserve(std::size_t bytes) override;

@@ -25,6 +25,7 @@ std::shared_ptr<char[]> HostBuffers::try_allocate(std::size_t bytes) {
 }
 
 void HostBuffers::give_back(char* buffer, std::size_t bytes) noexcept {
+  if (guard_.is_forked_child()) return;  // the buffers are the parent's
   const std::lock_guard<std::mutex> lock(mutex_);
   if (is_forgotten_) return;
   if (bytes == buffer_bytes_ && !is_closed_ && free_.size() < kMaxFree) {

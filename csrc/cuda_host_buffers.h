@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_library.h"
+#include "fork_guard.h"
 
 namespace vmalloc::cuda {
 
@@ -26,7 +27,7 @@ class HostBuffers : public std::enable_shared_from_this<HostBuffers> {
   /// Free the buffers that nobody uses, and keep none from now on.
   void close() noexcept;
 
-  /// Keep the buffers to the end of the process: they are another's, or the driver is gone.
+  /// Keep the buffers to the end of the process: the driver is gone.
   void forget() noexcept;
 
  private:
@@ -37,6 +38,7 @@ class HostBuffers : public std::enable_shared_from_this<HostBuffers> {
   Library& library_;
   Context context_;
   std::size_t buffer_bytes_;
+  ForkGuard guard_;
   std::mutex mutex_;
   std::vector<char*> free_;
   bool is_closed_ = false;

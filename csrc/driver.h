@@ -58,6 +58,8 @@ class Driver {
   [[nodiscard]] virtual std::size_t page_bytes() const = 0;
   [[nodiscard]] virtual TensorDevice tensor_device() const = 0;
   [[nodiscard]] virtual bool is_async() const = 0;
+  /// Whether pages can be mapped for reading only.
+  [[nodiscard]] virtual bool can_protect() const = 0;
   /// Pieces of work that this driver enqueued so far, mapping new pages included; only ever grows.
   [[nodiscard]] virtual std::uint64_t num_enqueued() const = 0;
 

@@ -43,6 +43,7 @@ class FaultDriver final : public Driver {
   std::size_t page_bytes() const override { return inner_->page_bytes(); }
   TensorDevice tensor_device() const override { return inner_->tensor_device(); }
   bool is_async() const override { return inner_->is_async(); }
+  bool can_protect() const override { return inner_->can_protect(); }
   std::uint64_t num_enqueued() const override { return inner_->num_enqueued(); }
   void use_stream(Stream stream) override { inner_->use_stream(stream); }
   std::optional<Address> try_reserve(std::size_t bytes) override;

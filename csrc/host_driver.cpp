@@ -184,6 +184,7 @@ class HostDriver final : public Driver {
 
   // The CPU runs no kernels of its own accord: all is in order, and done when a call returns.
   bool is_async() const override { return false; }
+  bool can_protect() const override { return true; }
   std::uint64_t num_enqueued() const override { return 0; }
   void use_stream(Stream) override {}
   void wait_enqueued() override {}

@@ -30,6 +30,10 @@ void check_config(const ArenaConfig& config) {
 KVArena::KVArena(std::shared_ptr<Driver> driver, const ArenaConfig& config)
     : driver_(std::move(driver)), config_(config), pool_(driver_, config.max_pages), idle_(0) {
   check_config(config_);
+  if (config_.protect_shared && !driver_->can_protect()) {
+    throw ConfigError("protect_shared needs pages that can be mapped for reading only; this '" +
+                      std::string(driver_->name()) + "' device has none");
+  }
   config_.ahead_rows = std::min(config_.ahead_rows, config_.max_rows);
   config_.lookahead_rows = std::min(config_.lookahead_rows, config_.max_rows);
   for (const std::size_t row_bytes :

@@ -65,6 +65,9 @@ void KVArena::mark_shared(std::uint32_t slot, std::size_t region, std::size_t nu
   SlotPages& mapped = slots_[slot].regions[region];
   if (num_pages <= mapped.num_shared) return;
   if (config_.protect_shared) {
+    // Kernels that were launched may not have written the last rows yet, nor have pages been
+    // cleared.
+    if (driver_->is_async()) driver_->wait_enqueued();
     driver_->protect(regions_[region]->page_address(slot, mapped.num_shared),
                      num_pages - mapped.num_shared, Access::kReadOnly);
   }

@@ -126,13 +126,15 @@ Prefix KVArena::start_of(const SwappedGroup& group, const SwappedSlot& slot,
 /// Take new pages for the group's copies and fill them; or none, and false.
 bool KVArena::acquire_group(Lock& lock, const SwappedGroup& group, std::vector<PageId>* pages) {
   bool any_used = false;
+  std::size_t num_created = 0;
   std::vector<PageId> acquired(group.num_copies);
   wait_landed(lock);
   if (!make_room(acquired.size()) ||
-      !pool_.try_acquire(acquired.size(), kNoPage, acquired.data(), &any_used)) {
+      !pool_.try_acquire(acquired.size(), kNoPage, acquired.data(), &any_used, &num_created)) {
     note_shortage(acquired.size());
     return false;
   }
+  totals_.critical_creates += num_created;
   std::vector<PageHandle> handles;
   std::vector<const char*> contents;
   for (std::size_t i = 0; i < group.copies.size(); ++i) {

@@ -23,6 +23,7 @@ class NullDriver final : public Driver {
   std::size_t page_bytes() const override { return page_bytes_; }
   TensorDevice tensor_device() const override { return {dlpack::kDeviceCpu, 0}; }
   bool is_async() const override { return false; }
+  bool can_protect() const override { return true; }
   std::uint64_t num_enqueued() const override { return 0; }
   void use_stream(Stream) override {}
 

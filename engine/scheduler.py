@@ -129,6 +129,10 @@ class Scheduler:
             self._num_stalls = 0
         else:
             self._num_stalls += 1
+            if self._num_stalls == MAX_STALLS:
+                # Empty steps take no time, and kernels of earlier ones may still read the pages
+                # that are missing: wait for the device once before anybody ends for want of them.
+                self._backend.trim(self._backend.stats().created_pages)
         if self.waiting:
             self._prefetch(self.waiting[0])
         return batch

@@ -85,6 +85,16 @@ class TestBatching:
         assert stats["critical_creates"] == created
         assert stats["created_pages"] == stats["in_use_pages"] + 8
 
+    def test_pages_created_to_bring_sequences_back_are_counted(self, driver):
+        arena = make_arena(driver, swap_bytes=1 << 20)
+        group = arena.try_swap_out([admit(arena, 40)])
+        arena.trim(0)
+        before = arena.stats()
+        assert arena.try_swap_in(group) is not None
+        after = arena.stats()
+        assert after["create_calls"] - before["create_calls"] == 5
+        assert after["critical_creates"] - before["critical_creates"] == 5
+
     def test_spare_pages_stay_within_the_cap(self, driver):
         arena = make_arena(driver, max_pages=6, ahead_rows=8, spare_pages=8)
         slot = admit(arena, 8)
@@ -149,6 +159,8 @@ class TestProbe:
         assert driver.try_map(base, new_pages(driver, 1))
         with pytest.raises(ConfigError, match="for reading only"):
             driver.protect(base, 1, is_writable=False)
+        with pytest.raises(ConfigError, match="protect_shared"):
+            make_arena(driver, protect_shared=True)
 
     def test_a_full_device_leaves_the_careful_ways(self, fake):
         fake.ctl("cuMemCreate:fail=1")
@@ -287,6 +299,15 @@ class TestPendingWork:
         driver.wait_enqueued()
         assert driver.fence_passed(fence)
 
+    def test_pages_are_protected_only_once_the_kernels_that_write_them_are_done(self, fake, driver):
+        arena = make_arena(driver, protect_shared=True)
+        slot = admit(arena, 16)
+        epoch = arena.begin_step()
+        fake.touch(_address(arena, slot), 16 * 512, write=True)  # the rows' keys and values
+        arena.end_step(epoch)
+        assert arena.try_fork(slot, 1, 16) is not None
+        driver.wait_enqueued()
+
     def test_a_stream_without_an_event_to_be_had_is_waited_for(self, fake, driver):
         base = driver.try_reserve(PAGE)
         assert driver.try_map(base, new_pages(driver, 1))
@@ -307,6 +328,22 @@ class TestErrors:
         assert "no device" in _core.cuda_absence(path)
         with pytest.raises(ConfigError, match="no device"):
             make_driver()
+
+    @pytest.mark.parametrize("version", [11030, 12080, 13000])
+    def test_every_driver_since_cuda_11_3_will_do(self, version):
+        script = """
+from tests import fakecuda
+from vmalloc import _core
+print(_core.cuda_absence(fakecuda.library_path()))
+"""
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "FAKECUDA_CTL": f"driver_version={version}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.stdout, result.stderr) == ("None\n", "")
 
     def test_page_size_must_fit_the_granularity(self, fake):
         assert _core.make_cuda_driver(library=fakecuda.library_path()).page_bytes == PAGE
@@ -424,6 +461,16 @@ class TestProcess:
         assert "this CUDA driver belongs to the parent" in message
         assert driver.try_create_page(0) is not None
 
+    def test_a_forked_child_leaves_swapped_pages_to_the_parent(self, fake, driver):
+        arena = make_arena(driver, max_rows=800, max_pages=100, swap_bytes=1 << 20)
+        assert arena.try_swap_out(arena.try_admit(1, 700)) is not None  # more than buffers kept
+        child = os.fork()
+        if child == 0:
+            before = fake.all_calls()
+            del arena, driver
+            os._exit(0 if fake.all_calls() == before else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
     @pytest.mark.parametrize("ending", ["close", "exit"])
     def test_a_dead_driver_does_not_disturb_the_end(self, ending):
         script = f"""
@@ -446,6 +493,22 @@ print("ok")
             [sys.executable, "-c", script], capture_output=True, text=True, check=False
         )
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+    def test_pages_that_nobody_destroyed_go_with_the_driver(self, fake):
+        driver = make_driver()
+        pages = new_pages(driver, 3)
+        assert driver.try_write_pages(pages[:1], [bytes(PAGE)])
+        assert fake.used_bytes == 3 * PAGE
+        del driver
+        assert (fake.used_bytes, fake.leaks) == (0, 0)
+
+    def test_a_driver_does_not_go_before_the_copies_it_enqueued(self, fake):
+        driver = make_driver()
+        source = driver.try_create_page(0)
+        assert _copy(driver, source)
+        assert fake.pending() > 0
+        del driver
+        assert fake.run_stream() == fakecuda.SUCCESS
 
     def test_nothing_is_left_of_an_arena(self, fake):
         arena = make_arena(

@@ -16,10 +16,15 @@ from vmalloc.core_setup import make_driver
 
 
 class LaunchingCache(VirtualKVCache):
-    """Its driver is a ``FaultDriver`` around the one of the config."""
+    """Its driver is a ``FaultDriver`` around the one of the config.
+
+    Attributes:
+        is_slow: the device comes to nothing before somebody waits for it.
+    """
 
     fake: FakeCuda
     num_launches = 0
+    is_slow = False
 
     def __init__(self, config: KVCacheConfig) -> None:
         self.fault_driver = _core.FaultDriver(make_driver(config))
@@ -27,7 +32,8 @@ class LaunchingCache(VirtualKVCache):
         self._batch: Sequence[int] = ()
 
     def begin_step(self, stream: int | None = None) -> Step:
-        self.fake.run_stream()
+        if not self.is_slow:
+            self.fake.run_stream()
         self._batch = ()
         return super().begin_step(stream)
 

@@ -150,3 +150,23 @@ def test_any_call_of_a_serving_run_may_fail_once(
     del engine
     gc.collect()
     assert late.leaks == 0
+
+
+def test_a_request_waits_for_the_device_however_late_that_is(
+    tiny_model: Any, late: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of an aborted prompt are still computed when the next prompt needs their pages.
+
+    Nothing runs then, and steps without work take no time: no number of them is long enough.
+    """
+    monkeypatch.setattr(LaunchingCache, "is_slow", True)
+    with make(tiny_model, max_num_batched_tokens=16, commit_ahead_tokens=0) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        engine.add_request("aborted", list(range(1, 40)), params)
+        for _ in range(2):
+            engine.step()
+        assert late.pending() > 0
+        engine.abort_request("aborted")
+        engine.add_request("next", list(range(40, 76)), params)
+        assert len(all_tokens(run_out(engine))["next"][0]) == 2
+        assert_no_page_is_lost(engine)

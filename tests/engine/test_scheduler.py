@@ -91,10 +91,14 @@ class CountingBackend:
         self.free_pages += self.retired_pages
         self.retired_pages = 0
 
+    def trim(self, keep_free_pages: int = 0) -> int:
+        return 0
+
     def stats(self) -> Any:
         return SimpleNamespace(
             capacity_bytes=self.num_pages * self.page_tokens,
             page_bytes=self.page_tokens,
+            created_pages=self.num_pages,
             free_pages=self.free_pages,
             retired_pages=self.retired_pages,
             ahead_bytes=0,
