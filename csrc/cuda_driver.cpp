@@ -96,7 +96,13 @@ void CudaDriver::probe_runs(cuda::DevicePointer base, const cuda::Handle* pages)
         library_.cuMemSetAccess(base, 2 * page_bytes_, &writable, 1) == cuda::kSuccess;
     probe_.read_only = library_.cuMemSetAccess(base, page_bytes_, &readable, 1) == cuda::kSuccess;
     probe_.unmap_runs = library_.cuMemUnmap(base, 2 * page_bytes_) == cuda::kSuccess;
-    if (probe_.unmap_runs) return;
+    if (probe_.unmap_runs) {
+      // A call that took only the first away would show now.
+      const cuda::DevicePointer second = base + page_bytes_;
+      probe_.unmap_runs = library_.cuMemMap(second, page_bytes_, 0, pages[1], 0) == cuda::kSuccess;
+      cuda::Library::give_back([&] { return library_.cuMemUnmap(second, page_bytes_); });
+      return;
+    }
   }
   for (std::size_t i = 0; i < num_mapped; ++i) {
     cuda::Library::give_back(

@@ -119,6 +119,16 @@ class TestProbe:
         info = make_driver().info()
         assert {name for name in MODES if not info[name]} == {mode}
 
+    def test_a_call_that_takes_away_less_than_it_says_is_found_out(self, fake):
+        fake.ctl("unmap_runs=2")
+        driver = make_driver()
+        assert not driver.info()["unmap_runs"]
+        base = driver.try_reserve(2 * PAGE)
+        assert driver.try_map(base, new_pages(driver, 2))
+        driver.wait_enqueued()
+        driver.unmap(base, 2)
+        assert driver.try_map(base, new_pages(driver, 2))
+
     @pytest.mark.parametrize("modes", [["unmap_runs"], ["access_runs"], MODES])
     def test_page_by_page_works_as_well(self, fake, modes):
         for mode in modes:
@@ -435,7 +445,9 @@ class TestProcess:
                 assert driver.try_map(base, [page])
                 driver.wait_enqueued()
                 driver.unmap(base, 1)
-                assert fake.value("cuCtxGetCurrent") == 0  # as it was before
+                switches = fake.calls("cuCtxSetCurrent")
+                assert driver.try_map(base, [page])
+                assert fake.calls("cuCtxSetCurrent") == switches  # it keeps the context
             except Exception as error:
                 failures.append(error)
 

@@ -158,6 +158,7 @@ CUresult cuMemMap(CUdeviceptr address, std::size_t bytes, std::size_t offset,
 CUresult cuMemUnmap(CUdeviceptr address, std::size_t bytes) {
   return driver_call("cuMemUnmap", Needs::kVmm, [&](State& state, Device& device) -> CUresult {
     if (const CUresult code = check_not_plain(device, address)) return code;
+    if (state.modes.unmap_runs == 2) bytes = std::min(bytes, device.memory.granule_bytes());
     return device.unmap(address, bytes, state.modes.unmap_runs != 0);
   });
 }

@@ -12,7 +12,7 @@ struct Modes {
   int devices = 1;           // 0 or 1
   int vmm = 1;               // 0: the device has no virtual memory management
   int vmm_context = 0;       // 1: VMM calls need a current context
-  int unmap_runs = 1;        // 0: one cuMemUnmap takes one mapping
+  int unmap_runs = 1;        // 0: one cuMemUnmap takes one mapping; 2: it takes the first granule
   int access_runs = 1;       // 0: one cuMemSetAccess takes one mapping
   int read_only = 1;         // 0: PROT_READ is refused
   int rdma = 1;              // 0: the gpuDirectRDMACapable flag is not supported
