@@ -78,7 +78,7 @@ CurrentContext::CurrentContext(Library& library, Context context) : library_(lib
   library_.check("cuCtxGetCurrent", library_.cuCtxGetCurrent(&former_));
   if (former_ == context) return;
   library_.check("cuCtxSetCurrent", library_.cuCtxSetCurrent(context));
-  is_changed_ = former_ != nullptr;
+  is_changed_ = true;
 }
 
 CurrentContext::~CurrentContext() {

@@ -46,8 +46,7 @@ class DeviceContext {
   AllocationProp prop_{};
 };
 
-/// Makes a context current in this thread, and the former one again at the end. A thread that had
-/// none keeps this one: a worker that calls often then switches once.
+/// Makes a context current in this thread, and the former one again at the end.
 class CurrentContext {
  public:
   /// Throws DriverError.

@@ -308,6 +308,14 @@ void CudaDriver::protect(Address address, std::size_t num_pages, Access access) 
 
 // ---- work on the stream
 
+void CudaDriver::attach_thread() {
+  guard_.check("this CUDA driver");
+  cuda::Context current = nullptr;
+  library_.check("cuCtxGetCurrent", library_.cuCtxGetCurrent(&current));
+  if (current == device_.context()) return;
+  library_.check("cuCtxSetCurrent", library_.cuCtxSetCurrent(device_.context()));
+}
+
 void CudaDriver::use_stream(Stream stream) {
   if (stream_.is_on(stream)) return;
   const cuda::CurrentContext current = enter();

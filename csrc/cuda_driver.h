@@ -63,6 +63,7 @@ class CudaDriver final : public Driver {
   bool is_async() const override { return true; }
   bool can_protect() const override { return probe_.read_only; }
   std::uint64_t num_enqueued() const override { return stream_.num_enqueued(); }
+  void attach_thread() override;
   void use_stream(Stream stream) override;
   std::optional<Address> try_reserve(std::size_t bytes) override;
   void release(Address address, std::size_t bytes) override;

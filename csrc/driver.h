@@ -63,6 +63,10 @@ class Driver {
   /// Pieces of work that this driver enqueued so far, mapping new pages included; only ever grows.
   [[nodiscard]] virtual std::uint64_t num_enqueued() const = 0;
 
+  /// The calling thread is one that the arena made for driver calls: spare it what every call does
+  /// to leave a thread as it was.
+  virtual void attach_thread() = 0;
+
   /// Enqueue on `stream` from now on, after whatever was enqueued on the stream before it.
   virtual void use_stream(Stream stream) = 0;
 

@@ -45,6 +45,7 @@ class FaultDriver final : public Driver {
   bool is_async() const override { return inner_->is_async(); }
   bool can_protect() const override { return inner_->can_protect(); }
   std::uint64_t num_enqueued() const override { return inner_->num_enqueued(); }
+  void attach_thread() override { inner_->attach_thread(); }
   void use_stream(Stream stream) override { inner_->use_stream(stream); }
   std::optional<Address> try_reserve(std::size_t bytes) override;
   void release(Address address, std::size_t bytes) override { inner_->release(address, bytes); }

@@ -186,6 +186,7 @@ class HostDriver final : public Driver {
   bool is_async() const override { return false; }
   bool can_protect() const override { return true; }
   std::uint64_t num_enqueued() const override { return 0; }
+  void attach_thread() override {}
   void use_stream(Stream) override {}
   void wait_enqueued() override {}
   std::optional<Fence> try_record_fence() override { return 0; }

@@ -335,7 +335,9 @@ void KVArena::post(std::uint32_t slot) {
   worker_->post(slot);
 }
 
+/// Runs on the worker.
 void KVArena::work(std::uint32_t job) {
+  driver_->attach_thread();
   if (job == kSparePages) {
     create_spare_pages();
   } else {

@@ -25,6 +25,7 @@ class NullDriver final : public Driver {
   bool is_async() const override { return false; }
   bool can_protect() const override { return true; }
   std::uint64_t num_enqueued() const override { return 0; }
+  void attach_thread() override {}
   void use_stream(Stream) override {}
 
   std::optional<Address> try_reserve(std::size_t bytes) override {
