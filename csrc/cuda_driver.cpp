@@ -42,9 +42,12 @@ CudaDriver::~CudaDriver() {
     // A copy that still reads the window would meet error 700, which others in the process share.
     if (!stream_.is_done(stream_.num_enqueued())) stream_.wait();
     for (const auto& [handle, page] : pages_) {
-      if (page.window != 0) static_cast<void>(library_.cuMemUnmap(page.window, page_bytes_));
       // Nobody destroyed it: its owner is gone, or was refused twice.
       const cuda::Handle left = handle;
+      const Address window = page.window;
+      if (window != 0) {
+        cuda::Library::give_back([&] { return library_.cuMemUnmap(window, page_bytes_); });
+      }
       cuda::Library::give_back([&] { return library_.cuMemRelease(left); });
     }
     window_.close();

@@ -25,6 +25,19 @@ class DriverError : public std::runtime_error {
   std::string detail;
 };
 
+/// Give something back where nobody could be told of an error: twice at most. At exit the driver
+/// may be gone, and everything with it.
+template <typename Call>
+void give_back_quietly(Call call) {
+  for (int i = 0; i < 2; ++i) {
+    try {
+      call();
+      return;
+    } catch (const DriverError&) {
+    }
+  }
+}
+
 /// The books do not balance: a bug in this library.
 class InvariantError : public std::logic_error {
  public:

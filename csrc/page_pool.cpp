@@ -30,14 +30,7 @@ PagePool::~PagePool() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (PageId page = 0; page < pages_.size(); ++page) {
     if (absent_.contains(page)) continue;
-    for (int i = 0; i < 2; ++i) {
-      try {
-        driver_->destroy_page(pages_[page].handle);
-        break;
-      } catch (const DriverError&) {
-        // Once more; a driver that is gone at exit has taken its pages with it.
-      }
-    }
+    give_back_quietly([&] { driver_->destroy_page(pages_[page].handle); });
   }
 }
 

@@ -41,14 +41,7 @@ class Region {
 
   ~Region() {
     if (guard_.is_forked_child()) return;
-    for (int i = 0; i < 2; ++i) {
-      try {
-        driver_->release(address_, bytes_);
-        return;
-      } catch (const DriverError&) {
-        // Once more; at exit the driver may be gone, and the addresses with it.
-      }
-    }
+    give_back_quietly([this] { driver_->release(address_, bytes_); });
   }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;

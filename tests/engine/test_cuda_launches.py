@@ -133,6 +133,8 @@ def test_any_call_of_a_serving_run_may_fail_once(
             assert_no_page_is_lost(engine)
         num_calls = late.total_calls - before
         assert num_calls > 100
+        stats = engine.stats()
+        assert stats.preempt_swap + stats.preempt_recompute > 0
         empty = late.used_bytes
         raised = Counter[str]()
         for call in range(1 + part, num_calls + 1, 4):

@@ -43,45 +43,43 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
 @cache
 def tiny_llama() -> Any:
     """In float32 on the CPU: 32 KiB a token, so that 64 of them fill a page of 2 MiB."""
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+    return make_model(
+        hf.LlamaConfig,
         hidden_size=512,
         intermediate_size=256,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=MAX_LEN,
         initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
-    model.generation_config.eos_token_id = None
-    return model
 
 
 @cache
 def tiny_mixture() -> Any:
     """Its experts are picked by reading back a tensor, which no CUDA graph can hold."""
-    torch.manual_seed(0)
-    config = hf.MixtralConfig(
-        vocab_size=VOCAB_SIZE,
+    return make_model(
+        hf.MixtralConfig,
         hidden_size=128,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=64,
         num_local_experts=4,
         num_experts_per_tok=2,
+    )
+
+
+def make_model(config_class: Any, **shape: int | float) -> Any:
+    """A random model of heads of 64 that never ends a text by itself."""
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        head_dim=64,
         max_position_embeddings=MAX_LEN,
-        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **shape,
     )
     model = hf.AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
