@@ -18,31 +18,54 @@ if "torch" not in sys.modules:
 from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
+from .async_engine import AsyncLLMEngine, EngineRequest, EngineState
 from .config import EngineConfig
-from .errors import UnsupportedModelError
+from .engine_thread import EngineSnapshot
+from .errors import (
+    EngineUnavailableError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestTimeoutError,
+    UnsupportedModelError,
+)
 from .llm import LLM
 from .llm_engine import LLMEngine
+from .loading import load_engine
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
+from .startup import StartupPhase, StartupPhases
 
 __all__ = [
     "LLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
+    "EngineRequest",
+    "EngineSnapshot",
+    "EngineState",
+    "EngineUnavailableError",
     "KVCacheConfig",
     "KVCacheStats",
     "LLMEngine",
     "LayerKVSpec",
     "Logprob",
     "PrefixCacheStats",
+    "QueueFullError",
+    "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestStream",
+    "RequestTimeoutError",
     "SamplingParams",
     "SchedulerStats",
+    "StartupPhase",
+    "StartupPhases",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "VmallocError",
+    "load_engine",
 ]
