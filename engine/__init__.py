@@ -18,6 +18,7 @@ if "torch" not in sys.modules:
 from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
+from ..page_map import PAGE_KINDS, PageMap, PageRun, SlotPages
 from .config import EngineConfig
 from .errors import UnsupportedModelError
 from .llm import LLM
@@ -28,6 +29,7 @@ from .schedule import SchedulerStats
 
 __all__ = [
     "LLM",
+    "PAGE_KINDS",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
@@ -36,12 +38,15 @@ __all__ = [
     "LLMEngine",
     "LayerKVSpec",
     "Logprob",
+    "PageMap",
+    "PageRun",
     "PrefixCacheStats",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "SchedulerStats",
+    "SlotPages",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "VmallocError",
