@@ -50,6 +50,12 @@ def test_asleep_and_closed(make_engine: Any) -> None:
     assert engine.wake()
     assert requests_of(engine) == {"one": 1}
     run_out(engine)
+
+
+def test_a_closed_engine_has_no_map(make_engine: Any) -> None:
+    engine = make_engine()
+    engine.add_request("one", PROMPT, SamplingParams(max_tokens=20, temperature=0.0))
+    engine.step()
     engine.close()
     with pytest.raises(ClosedError):
         engine.page_map()
