@@ -19,20 +19,36 @@ from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
 from ..page_map import PAGE_KINDS, PageMap, PageRun, SlotPages
+from .async_engine import AsyncLLMEngine, EngineRequest, EngineState
 from .config import EngineConfig
-from .errors import UnsupportedModelError
+from .engine_thread import EngineSnapshot
+from .errors import (
+    EngineUnavailableError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestTimeoutError,
+    UnsupportedModelError,
+)
 from .llm import LLM
 from .llm_engine import LLMEngine
+from .loading import load_engine
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
+from .startup import StartupPhase, StartupPhases
 
 __all__ = [
     "LLM",
     "PAGE_KINDS",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
+    "EngineRequest",
+    "EngineSnapshot",
+    "EngineState",
+    "EngineUnavailableError",
     "KVCacheConfig",
     "KVCacheStats",
     "LLMEngine",
@@ -41,13 +57,20 @@ __all__ = [
     "PageMap",
     "PageRun",
     "PrefixCacheStats",
+    "QueueFullError",
+    "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestStream",
+    "RequestTimeoutError",
     "SamplingParams",
     "SchedulerStats",
     "SlotPages",
+    "StartupPhase",
+    "StartupPhases",
     "StructuredOutputsParams",
     "UnsupportedModelError",
     "VmallocError",
+    "load_engine",
 ]

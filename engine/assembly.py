@@ -35,6 +35,7 @@ from .model_runner import ModelRunner
 from .packed_forward import PackedForward
 from .probe import probe_model
 from .progress import watch_start_up
+from .startup import StartupPhases
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,17 @@ class EngineParts:
 
 
 def assemble(
-    model: torch.nn.Module, config: EngineConfig, owner: Any, recorder: Recorder | None = None
+    model: torch.nn.Module,
+    config: EngineConfig,
+    owner: Any,
+    *,
+    phases: StartupPhases,
+    recorder: Recorder | None = None,
 ) -> EngineParts:
     """Make the parts of an engine, ``owner``, or leave the model as it was.
 
     ``recorder``: what decodes are recorded with; None: what the settings and the device say.
+    ``phases`` times each part of it.
 
     Raises ``UnsupportedModelError`` if the model fails the load probe, ``ConfigError`` for a
     setting that cannot work and for a model that another engine has.
@@ -81,15 +88,18 @@ def assemble(
     lease = ModelLease(model, max_model_len, owner=owner)
     try:
         with stream.use():
-            probed = probe_model(model, caches)
-            if config.batch_invariant:
-                check_batch_invariance(model, probed, caches)
-            limit = _device_limit(model, config, device, max_model_len)
-            config = resolve_config(config, probed.layers, max_model_len, device, limit)
-            backend, kernels = create_cache(config, probed, caches)
+            with phases.phase("probe model"):
+                probed = probe_model(model, caches)
+                if config.batch_invariant:
+                    check_batch_invariance(model, probed, caches)
+            with phases.phase("reserve KV cache"):
+                limit = _device_limit(model, config, device, max_model_len)
+                config = resolve_config(config, probed.layers, max_model_len, device, limit)
+                backend, kernels = create_cache(config, probed, caches)
             try:
                 forward = PackedForward(model, backend, kernels)
-                decodes = _make_decodes(model, forward, backend, kernels, config, recorder)
+                with phases.phase("record decodes"):
+                    decodes = _make_decodes(model, forward, backend, kernels, config, recorder)
             except BaseException:
                 backend.close()
                 raise

@@ -22,3 +22,54 @@ class UnsupportedModelError(VmallocError):
         self.check = check
         self.reason = reason
         super().__init__(f"{model} is not supported: {check}: {reason}")
+
+
+class QueueFullError(VmallocError):
+    """Too many requests wait already. Nothing was queued; trying again later may work.
+
+    Attributes:
+        num_queued: requests that wait.
+        limit: most that may.
+        retry_after_s: a guess at when there will be room.
+    """
+
+    def __init__(self, num_queued: int, limit: int, retry_after_s: float) -> None:
+        self.num_queued = num_queued
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            f"{num_queued} requests are queued; the limit is {limit} (max_queued_requests)"
+        )
+
+
+class EngineUnavailableError(VmallocError):
+    """The engine takes no requests now, or lost the one that waits for it.
+
+    Attributes:
+        state: ``"starting"``, ``"sleeping"``, ``"draining"``, ``"stopped"`` or ``"dead"``.
+        retry_after_s: when to try again; None where that will not help.
+    """
+
+    def __init__(self, state: str, reason: str, retry_after_s: float | None = None) -> None:
+        self.state = state
+        self.retry_after_s = retry_after_s
+        super().__init__(reason)
+
+
+class RequestTimeoutError(VmallocError):
+    """A request was aborted because it took too long.
+
+    Attributes:
+        kind: ``"queue"`` if it never started, else ``"request"``.
+        seconds: the limit it exceeded.
+    """
+
+    def __init__(self, kind: str, seconds: float) -> None:
+        self.kind = kind
+        self.seconds = seconds
+        what = "did not start" if kind == "queue" else "did not end"
+        super().__init__(f"the request {what} within {seconds:g} seconds ({kind} timeout)")
+
+
+class RequestAbortedError(VmallocError):
+    """A request was aborted by name, by somebody else than its reader."""

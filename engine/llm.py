@@ -24,13 +24,10 @@ from .config import (
     PreemptionMode,
     SchedulingPolicy,
 )
-from .devices import choose_device
-from .llm_engine import LLMEngine
-from .model_loader import check_module, load_model, resolve_model_name
+from .loading import load_engine
 from .outputs import CompletionOutput, RequestOutput
 from .progress import GenerationProgress
 from .sampling_params import RequestOutputKind, SamplingParams
-from .tokenizer import load_tokenizer
 
 Prompt = str | dict[str, Any] | Sequence[int]
 OnToken = Callable[[RequestOutput], None]
@@ -107,22 +104,7 @@ class LLM:
             batch_invariant=batch_invariant,
             max_logprobs=max_logprobs,
         )
-        if isinstance(model, str | os.PathLike):
-            name = resolve_model_name(os.fspath(model))
-            module = load_model(name, dtype, choose_device(device))
-            tokenizer = name if tokenizer is None else tokenizer
-        else:
-            check_module(model, dtype, device)
-            module = model.eval()
-        if skip_tokenizer_init:
-            tokenizer = None
-        elif isinstance(tokenizer, str | os.PathLike):
-            tokenizer = load_tokenizer(resolve_model_name(os.fspath(tokenizer)))
-        elif tokenizer is not None and not hasattr(tokenizer, "encode"):
-            raise ConfigError(
-                f"tokenizer is a {type(tokenizer).__name__}; it must be a name or a tokenizer"
-            )
-        self.engine = LLMEngine(module, tokenizer, config)
+        self.engine = load_engine(model, tokenizer, config, skip_tokenizer_init=skip_tokenizer_init)
         self._num_requests = 0
         self._is_generating = False
 

@@ -30,6 +30,7 @@ from .sampling_params import SamplingParams
 from .schedule import ScheduledBatch, SchedulerStats
 from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
+from .startup import StartupPhases
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +58,7 @@ class LLMEngine:
         tokenizer: its tokenizer, or None to work with token ids only.
         config: settings; ``engine.config`` has every None filled in.
         recorder: what decodes are recorded with, for tests; None: CUDA graphs on a GPU.
+        phases: times what is done before the first step.
 
     Raises ``UnsupportedModelError`` if the model fails the load probe, ``ConfigError`` for a
     setting that cannot work and for a model that another engine has.
@@ -69,8 +71,15 @@ class LLMEngine:
         config: EngineConfig | None = None,
         *,
         recorder: Recorder | None = None,
+        phases: StartupPhases | None = None,
     ) -> None:
-        parts = assemble(model, config or EngineConfig(), owner=self, recorder=recorder)
+        parts = assemble(
+            model,
+            config or EngineConfig(),
+            owner=self,
+            recorder=recorder,
+            phases=phases or StartupPhases(),
+        )
         self.config = parts.config
         self._stream, self._lease = parts.stream, parts.lease
         self._backend, self._kernels = parts.backend, parts.kernels
@@ -153,6 +162,11 @@ class LLMEngine:
             if seq.has_kv
         }
         return self._backend.page_map().with_requests(request_of)
+
+    def is_started(self, request_id: str) -> bool:
+        """Whether a request got into a step, or is not live any more."""
+        group = self._requests.get(request_id)
+        return group is None or group.metrics.first_scheduled_time is not None
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` has work."""
@@ -274,6 +288,12 @@ class LLMEngine:
         """
         self._check_awake()
         self._backend.resize(num_bytes)
+
+    @_on_stream
+    def trim_kv_cache(self) -> int:
+        """Give KV pages that hold nothing back to the system; the pages given back."""
+        self._check_awake()
+        return self._backend.trim()
 
     @_on_stream
     def flush_prefix_cache(self) -> int:

@@ -1,0 +1,258 @@
+"""The one thread that loads an engine and steps it.
+
+Owns: the engine, and the requests that it works on.
+Thread-safety: ``post`` and the attributes may be used from any thread; the engine belongs to the
+thread alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..backend import KVCacheStats, PrefixCacheStats
+from .llm_engine import LLMEngine
+from .outputs import RequestOutput
+from .schedule import SchedulerStats
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[LLMEngine], None]
+
+MAX_FAILED_STEPS = 2
+"""Steps in a row that may fail before the requests that run are given up."""
+
+MAX_FAILED_ROUNDS = 3
+"""Times in a row that requests may be given up before the engine is."""
+
+SNAPSHOT_SECONDS = 0.05
+"""Least time between snapshots while steps go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine's figures at one moment.
+
+    Attributes:
+        time: seconds of ``time.monotonic()``.
+        scheduler, kv, prefix: its counters.
+        num_steps: steps so far.
+        last_step_time: when the last one ended, in seconds of ``time.monotonic()``; None: none yet.
+        is_asleep: whether its memory was given back for now.
+        num_live_requests: requests that have not ended.
+        num_queued: of those, ones that no step has taken up yet.
+    """
+
+    time: float
+    scheduler: SchedulerStats
+    kv: KVCacheStats
+    prefix: PrefixCacheStats
+    num_steps: int
+    last_step_time: float | None
+    is_asleep: bool
+    num_live_requests: int
+    num_queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one step changed.
+
+    Attributes:
+        started: names of requests that got into a step for the first time.
+        outputs: what requests have to say.
+        failed: names of requests that were given up, and why.
+    """
+
+    started: list[str]
+    outputs: list[RequestOutput]
+    failed: list[tuple[str, str]]
+
+
+class EngineThread:
+    """Steps an engine while there is work, and runs commands between steps.
+
+    A step that raises is tried again; if that fails too, the requests that were running end with
+    an error and the others go on. An engine that cannot go on at all is dead: ``failure`` says why.
+
+    Args:
+        make_engine: loads the engine, on the thread.
+        on_started: called on the thread once it is loaded.
+        on_report: called on the thread after each step that has something to report.
+        on_ended: called on the thread when it ends, with the exception that ended it, or None.
+        release_idle_after_s: seconds without work after which free KV pages go back to the system.
+
+    Attributes:
+        snapshot: the latest figures, None before the engine was loaded.
+        busy_since: since when the thread has been working without coming back to its queue, in
+            seconds of ``time.monotonic()``; None while it waits for work.
+        is_stopping: whether it was told to end.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], LLMEngine],
+        *,
+        on_started: Callable[[LLMEngine], None],
+        on_report: Callable[[Report], None],
+        on_ended: Callable[[BaseException | None], None],
+        release_idle_after_s: float | None = None,
+    ) -> None:
+        self._make_engine = make_engine
+        self._on_started = on_started
+        self._on_report = on_report
+        self._on_ended = on_ended
+        self._release_idle_after_s = release_idle_after_s
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="vmalloc-engine", daemon=True)
+        # Live requests, and those of them that no step has taken up.
+        self._live: dict[str, None] = {}
+        self._unstarted: dict[str, None] = {}
+        self._num_steps = 0
+        self._last_step_time: float | None = None
+        self._num_failed_steps = 0
+        self._num_failed_rounds = 0
+        self.snapshot: EngineSnapshot | None = None
+        self.busy_since: float | None = None
+        self.is_stopping = False
+
+    def start(self) -> None:
+        """Start to load."""
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Have a command run on the thread, between two steps. It must not raise."""
+        self._commands.put(command)
+
+    def stop(self) -> None:
+        """Have the thread drop every request, close the engine and end."""
+        self.is_stopping = True
+        self._commands.put(lambda engine: None)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for its end; whether it ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def note_live(self, names: list[str]) -> None:
+        """On the thread: these requests were added."""
+        self._live.update(dict.fromkeys(names))
+        self._unstarted.update(dict.fromkeys(names))
+
+    def note_gone(self, names: list[str]) -> None:
+        """On the thread: these requests were aborted."""
+        for name in names:
+            self._live.pop(name, None)
+            self._unstarted.pop(name, None)
+
+    def _run(self) -> None:
+        ended_by: BaseException | None = None
+        engine: LLMEngine | None = None
+        try:
+            self.busy_since = time.monotonic()
+            engine = self._make_engine()
+            self._take_snapshot(engine)
+            self._on_started(engine)
+            self._loop(engine)
+        except BaseException as error:
+            ended_by = error
+        try:
+            if engine is not None:
+                engine.close()
+        except Exception:
+            logger.exception("closing the engine failed")
+        self.busy_since = None
+        self._on_ended(ended_by)
+
+    def _loop(self, engine: LLMEngine) -> None:
+        while not self.is_stopping:
+            has_work = engine.has_unfinished_requests() and not engine.is_asleep
+            self._run_commands(engine, may_wait=not has_work)
+            if self.is_stopping:
+                return
+            self.busy_since = time.monotonic()
+            if engine.has_unfinished_requests() and not engine.is_asleep:
+                self._step(engine)
+
+    def _run_commands(self, engine: LLMEngine, *, may_wait: bool) -> None:
+        """Run what was posted; ``may_wait``: wait for the first."""
+        if may_wait:
+            self._take_snapshot(engine)
+            command = self._wait_for_command(engine)
+            self.busy_since = time.monotonic()
+            command(engine)
+        while not self.is_stopping:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command(engine)
+
+    def _wait_for_command(self, engine: LLMEngine) -> Command:
+        self.busy_since = None
+        if self._release_idle_after_s is not None and not engine.is_asleep:
+            try:
+                return self._commands.get(timeout=self._release_idle_after_s)
+            except queue.Empty:
+                engine.trim_kv_cache()
+                self._take_snapshot(engine)
+        return self._commands.get()
+
+    def _step(self, engine: LLMEngine) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            self._num_failed_steps += 1
+            logger.exception("a step failed")
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
+                self._give_up_running(engine, error)
+            return
+        now = time.monotonic()
+        self._num_steps += 1
+        self._last_step_time = now
+        self._num_failed_steps = self._num_failed_rounds = 0
+        started = [name for name in self._unstarted if engine.is_started(name)]
+        for name in started:
+            del self._unstarted[name]
+        for output in outputs:
+            if output.is_finished:
+                self.note_gone([output.request_id])
+        if self.snapshot is None or now - self.snapshot.time >= SNAPSHOT_SECONDS:
+            self._take_snapshot(engine)
+        if started or outputs:
+            self._on_report(Report(started, outputs, []))
+
+    def _give_up_running(self, engine: LLMEngine, error: Exception) -> None:
+        """End the requests that a failing step worked on, so that the others can go on."""
+        self._num_failed_rounds += 1
+        if self._num_failed_rounds > MAX_FAILED_ROUNDS:
+            raise error
+        self._num_failed_steps = 0
+        names = [group.request_id for group in engine.scheduler.running] or list(self._live)
+        engine.abort_request(names)
+        self.note_gone(names)
+        reason = f"the engine could not compute it: {type(error).__name__}: {error}"
+        self._on_report(Report([], [], [(name, reason) for name in names]))
+
+    def _take_snapshot(self, engine: LLMEngine) -> None:
+        self.snapshot = EngineSnapshot(
+            time=time.monotonic(),
+            scheduler=engine.stats(),
+            kv=engine.kv_stats(),
+            prefix=engine.prefix_stats(),
+            num_steps=self._num_steps,
+            last_step_time=self._last_step_time,
+            is_asleep=engine.is_asleep,
+            num_live_requests=len(self._live),
+            num_queued=len(self._unstarted),
+        )

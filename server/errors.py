@@ -1,0 +1,201 @@
+"""What clients are told when a request fails, always in OpenAI's shape.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..engine import (
+    ConfigError,
+    EngineUnavailableError,
+    QueueFullError,
+    RequestAbortedError,
+    RequestTimeoutError,
+)
+from .disconnect import ClientDisconnectedError
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1000
+"""Longest message; a client's input may be quoted in it."""
+
+CLIENT_CLOSED_REQUEST = 499
+"""As nginx calls it: the client left, or somebody aborted the request."""
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "request_aborted",
+    504: "timeout_error",
+}
+_NO_RETRY = {"x-should-retry": "false"}
+
+
+class ApiError(Exception):
+    """A request that fails, with everything that its client is told.
+
+    Args:
+        status: HTTP status.
+        message: for people; names the value and the limit.
+        type: OpenAI's class of errors; by default that of the status.
+        param: the field at fault.
+        code: short machine-readable reason.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type or _TYPES.get(status, "api_error")
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {"message", "type", "param", "code"}}``."""
+        message = self.message
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[:MAX_MESSAGE_CHARS] + "..."
+        error = {"message": message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def encode(self) -> bytes:
+        """The body as JSON; ASCII only, as a message may quote half a surrogate pair."""
+        return json.dumps(self.body()).encode("ascii")
+
+    def response(self) -> Response:
+        """The whole response."""
+        return Response(self.encode(), self.status, self.headers, "application/json")
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told about an exception; details of our own mistakes stay in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ConfigError):
+        message = str(error)
+        return ApiError(400, message, param=_param_of(message))
+    if isinstance(error, QueueFullError):
+        headers = _retry_after(error.retry_after_s)
+        return ApiError(429, str(error), code="queue_full", headers=headers)
+    if isinstance(error, RequestTimeoutError):
+        status = 503 if error.kind == "queue" else 504
+        headers = _retry_after(1.0) if error.kind == "queue" else _NO_RETRY
+        return ApiError(status, str(error), code=f"{error.kind}_timeout", headers=headers)
+    if isinstance(error, RequestAbortedError):
+        return ApiError(
+            CLIENT_CLOSED_REQUEST, str(error), code="request_aborted", headers=_NO_RETRY
+        )
+    if isinstance(error, EngineUnavailableError):
+        headers = _NO_RETRY if error.retry_after_s is None else _retry_after(error.retry_after_s)
+        code = "engine_error" if error.state == "running" else f"engine_{error.state}"
+        return ApiError(503, str(error), code=code, headers=headers)
+    logger.error("a request failed for a reason of ours", exc_info=error)
+    return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+
+def kv_exhausted(message: str) -> ApiError:
+    """A request that the engine ended as the KV cache cannot hold it."""
+    return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception in OpenAI's shape."""
+
+    def answer(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    for kind in (
+        ApiError,
+        ConfigError,
+        QueueFullError,
+        EngineUnavailableError,
+        RequestTimeoutError,
+        RequestAbortedError,
+        Exception,
+    ):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientDisconnectedError, _answer_nobody)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+
+
+def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_error(error.errors()).response()
+
+
+def validation_error(errors: Any) -> ApiError:
+    """The first finding of pydantic, in OpenAI's words."""
+    first = errors[0]
+    where = [part for part in first["loc"] if part != "body"]
+    param = ".".join(str(part) for part in where) or None
+    kind, message = first["type"], first["msg"]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", message)
+        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    if kind == "extra_forbidden":
+        return ApiError(
+            400, f"{param} is not a known parameter", param=param, code="unknown_parameter"
+        )
+    if kind == "unsupported_parameter":
+        return ApiError(400, message, param=param, code="unsupported_parameter")
+    if kind == "missing":
+        what = param or "the body"
+        return ApiError(400, f"{what} is missing", param=param, code="missing_required_parameter")
+    text = f"{param}: {message}" if param else message
+    if "input" in first and isinstance(first["input"], str | int | float | bool | None):
+        text += f"; it is {first['input']!r:.100}"
+    return ApiError(400, text, param=param, code="invalid_value")
+
+
+def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"{request.method} {request.url.path} is not a known path"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+def _param_of(message: str) -> str | None:
+    """The field that a ``ConfigError`` is about: its texts start with the name."""
+    name = message.split(" ", 1)[0]
+    return name if name.isidentifier() and (name.islower() or "_" in name) else None
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"retry-after": str(max(1, math.ceil(seconds)))}

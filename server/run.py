@@ -1,0 +1,218 @@
+"""Runs a server process: listens, loads, serves, drains.
+
+Owns: the listening socket and the process's signals.
+Thread-safety: none; the main thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ..engine import (
+    AsyncLLMEngine,
+    ConfigError,
+    EngineConfig,
+    StartupPhase,
+    StartupPhases,
+    VmallocError,
+    load_engine,
+)
+from .app import create_app
+from .config import ServerConfig
+from .state import ServerState
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+BACKLOG = 2048
+FLUSH_SECONDS = 5
+"""Time that answers which are ready get to reach their clients when the server ends."""
+
+
+def serve(
+    model: str,
+    tokenizer: str | None,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+) -> int:
+    """Serve a model until SIGTERM or SIGINT; the exit code.
+
+    A first signal drains: new requests get 503, running ones end, up to ``shutdown_timeout_s``. A
+    second one ends at once.
+
+    Raises ``ConfigError`` where nothing can listen, and for a model or setting that cannot work.
+    """
+    listener = listen(server_config)
+    phases = StartupPhases(on_finished=_log_phase)
+    engine = AsyncLLMEngine(
+        lambda phases: load_engine(model, tokenizer, engine_config, phases=phases),
+        max_queued_requests=server_config.max_queued_requests,
+        queue_timeout_s=server_config.queue_timeout_s,
+        release_idle_after_s=server_config.release_idle_after_s,
+        phases=phases,
+    )
+    state = ServerState(engine, server_config, model=model, created=int(time.time()))
+    server = DrainingServer(state)
+    try:
+        server.run([listener])
+    finally:
+        listener.close()
+        if server_config.uds is not None:
+            Path(server_config.uds).unlink(missing_ok=True)
+    if isinstance(server.start_error, VmallocError):
+        raise server.start_error
+    if server.start_error is not None or engine.failure is not None:
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that answers 503 while it drains, and ends with its engine's start.
+
+    Attributes:
+        start_error: what kept the engine from starting, or None.
+    """
+
+    def __init__(self, state: ServerState) -> None:
+        config = state.config
+        super().__init__(
+            uvicorn.Config(
+                create_app(state, on_started=self._engine_started),
+                log_config=None,
+                access_log=False,
+                ws="none",
+                lifespan="on",
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+            )
+        )
+        self._state = state
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.start_error: BaseException | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; end at once at the second."""
+        if self._loop is None or self._state.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.is_draining = True
+        self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        for address in _addresses(self._state.config, sockets or []):
+            logger.info("listening on %s", address)
+
+    def _start_to_drain(self, signal_name: str) -> None:
+        engine = self._state.engine
+        timeout_s = self._state.config.shutdown_timeout_s
+        logger.info(
+            "%s: %d requests get up to %g seconds to end", signal_name, engine.num_live, timeout_s
+        )
+        self._drain = asyncio.ensure_future(self._run_drain(timeout_s))
+
+    async def _run_drain(self, timeout_s: float) -> None:
+        engine = self._state.engine
+        if not await engine.drain(timeout_s):
+            logger.warning("%d requests did not end in time; they are aborted", engine.num_live)
+            await engine.close()
+        self.should_exit = True
+
+    def _engine_started(self, error: BaseException | None) -> None:
+        if error is None:
+            logger.info("ready")
+            return
+        self.start_error = error
+        self.should_exit = True
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A listening socket. Raises ``ConfigError`` that says who is there already."""
+    if config.uds is not None:
+        return _listen_unix(config.uds)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"host is {config.host!r}; it has no address: {error}") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port is {config.port} on host {config.host!r}; it cannot be listened on: "
+            f"{error.strerror}"
+        ) from error
+    return listener
+
+
+def _listen_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            _remove_stale_socket(path)
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"uds is {path!r}; it cannot be listened on: {error}") from error
+    return listener
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Take away the socket of a server that was killed; one that is served stays."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError("a server listens there already")
+
+
+def _addresses(config: ServerConfig, sockets: list[socket.socket]) -> list[str]:
+    """Where people find the server."""
+    if config.uds is not None:
+        return [f"unix:{config.uds}"]
+    scheme = "http" if config.ssl_certfile is None else "https"
+    addresses: list[str] = []
+    for one in sockets:
+        name: Any = one.getsockname()
+        host = f"[{name[0]}]" if ":" in name[0] else name[0]
+        addresses.append(f"{scheme}://{host}:{name[1]}{config.root_path}")
+    return addresses
+
+
+def _log_phase(phase: StartupPhase) -> None:
+    logger.info("%s: %.2f s", phase.name, phase.seconds)
+
+
+def setup_basic_logs() -> None:
+    """Log lines for people on stderr."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )

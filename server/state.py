@@ -1,0 +1,93 @@
+"""What all handlers of one server share.
+
+Owns: the engine's front, the tokenizer's thread and the names of live requests.
+Thread-safety: none; one event loop.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from ..engine import AsyncLLMEngine, ConfigError, EngineUnavailableError, RequestStream
+from .config import ServerConfig
+from .text import TextProcessor
+
+
+class ServerState:
+    """One served model.
+
+    Args:
+        engine: its engine, started or not.
+        config: the server's settings.
+        model: what the model was loaded by.
+
+    Attributes:
+        model_names: names that requests may give the model; the first is reported.
+        created: when the server started, in seconds of the Unix clock.
+        is_draining: whether it is about to end; streams without an end should.
+    """
+
+    def __init__(
+        self, engine: AsyncLLMEngine, config: ServerConfig, *, model: str, created: int
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.model_names = config.served_model_names or (model,)
+        self.created = created
+        self.is_draining = False
+        self._text: TextProcessor | None = None
+        self._streams: dict[str, set[RequestStream]] = defaultdict(set)
+
+    @property
+    def model_name(self) -> str:
+        """The name that responses report."""
+        return self.model_names[0]
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Most tokens of a prompt and its answer; None before the engine started."""
+        config = self.engine.config
+        return None if config is None else config.max_model_len
+
+    @property
+    def text(self) -> TextProcessor:
+        """The tokenizer. Raises ``EngineUnavailableError`` before the engine started."""
+        if self._text is None:
+            raise EngineUnavailableError("starting", "the engine is starting", 1.0)
+        return self._text
+
+    async def finish_start(self) -> None:
+        """Wait for the engine, and get ready for text. Raises what loading raised."""
+        await self.engine.wait_started()
+        tokenizer = await self.engine.call(lambda engine: engine.tokenizer)
+        path = self.config.chat_template
+        try:
+            template = None if path is None else Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template is {path!r}: {error}") from error
+        self._text = TextProcessor(tokenizer, template)
+
+    def add_stream(self, stream: RequestStream, *names: str) -> None:
+        """Let a request be aborted by these names."""
+        for name in names:
+            self._streams[name].add(stream)
+
+    def remove_stream(self, stream: RequestStream, *names: str) -> None:
+        """Undo ``add_stream``."""
+        for name in names:
+            self._streams[name].discard(stream)
+            if not self._streams[name]:
+                del self._streams[name]
+
+    def abort(self, name: str) -> int:
+        """Abort the requests of that name; how many there were."""
+        streams = [stream for stream in self._streams.get(name, ()) if not stream.is_ended]
+        return sum(self.engine.abort(stream.request_id) for stream in streams)
+
+    async def close(self) -> None:
+        """Give everything back."""
+        self.is_draining = True
+        await self.engine.close()
+        if self._text is not None:
+            self._text.close()
