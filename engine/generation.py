@@ -63,6 +63,9 @@ class Generation:
         scheduler: told what was computed and what ended.
         tokenizer: for the text of logprobs, or None.
         new_seq_id: names the sequences of requests that have several.
+
+    Attributes:
+        num_tokens: tokens given so far; a step of a beam search gives one to every beam.
     """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any, new_seq_id: Callable[[], int]) -> None:
@@ -70,6 +73,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._new_seq_id = new_seq_id
         self._decoded_tokens: dict[int, str] = {}
+        self.num_tokens = 0
 
     def advance(
         self, batch: ScheduledBatch, logits: Tensor, ended: list[SequenceGroup]
@@ -112,6 +116,8 @@ class Generation:
                     error = advance_beams(group, own_logits, scores, self._name_candidates)
                 if error is not None:
                     _fail(group, error)
+                else:
+                    self.num_tokens += len(group.active)
         finally:
             self._settle(ends.groups, ended)
         return ends.groups
@@ -171,6 +177,7 @@ class Generation:
                 seq.logprobs.append(logprobs)
                 seq.cumulative_logprob += logprobs[token_id].logprob
             check_stop(seq)
+            self.num_tokens += 1
         except BaseException:
             if not seq.is_finished:
                 del seq.token_ids[num_tokens:]

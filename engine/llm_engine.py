@@ -140,6 +140,11 @@ class LLMEngine:
         """What decodes are recorded in; None where every step is launched kernel by kernel."""
         return self._runner.decodes
 
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far, those of every beam included."""
+        return self._generation.num_tokens
+
     def stats(self) -> SchedulerStats:
         """Queues and counters of preemption."""
         return self._scheduler.stats()
