@@ -41,8 +41,8 @@ from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
     "LLM",
-    "STEP_TOKEN_BOUNDS",
     "PAGE_KINDS",
+    "STEP_TOKEN_BOUNDS",
     "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
