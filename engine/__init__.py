@@ -18,6 +18,7 @@ if "torch" not in sys.modules:
 from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
+from ..page_map import PAGE_KINDS, PageMap, PageRun, SlotPages
 from .async_engine import AsyncLLMEngine, EngineRequest, EngineState
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot
@@ -40,6 +41,7 @@ from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
     "LLM",
+    "PAGE_KINDS",
     "STEP_TOKEN_BOUNDS",
     "AsyncLLMEngine",
     "CompletionOutput",
@@ -54,6 +56,8 @@ __all__ = [
     "LLMEngine",
     "LayerKVSpec",
     "Logprob",
+    "PageMap",
+    "PageRun",
     "PrefixCacheStats",
     "QueueFullError",
     "RequestAbortedError",
@@ -64,6 +68,7 @@ __all__ = [
     "RequestTimeoutError",
     "SamplingParams",
     "SchedulerStats",
+    "SlotPages",
     "StartupPhase",
     "StartupPhases",
     "StructuredOutputsParams",

@@ -16,6 +16,7 @@ import torch
 
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
+from ..page_map import PageMap
 from .assembly import assemble
 from .compute_stream import StepTimer, current_stream_handle
 from .config import EngineConfig
@@ -151,6 +152,17 @@ class LLMEngine:
     def prefix_stats(self) -> PrefixCacheStats:
         """What the prefix cache did so far."""
         return self._backend.prefix_stats()
+
+    def page_map(self) -> PageMap:
+        """The pages of every slot, with the requests they belong to; while it sleeps too."""
+        self._check_open()
+        request_of = {
+            seq.seq_id: group.request_id
+            for group in self._requests.values()
+            for seq in group.seqs
+            if seq.has_kv
+        }
+        return self._backend.page_map().with_requests(request_of)
 
     def is_started(self, request_id: str) -> bool:
         """Whether a request got into a step, or is not live any more."""

@@ -14,7 +14,14 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import admin_routes, health_routes, metrics_routes, model_routes
+from . import (
+    admin_routes,
+    health_routes,
+    metrics_routes,
+    model_routes,
+    page_map_routes,
+    page_routes,
+)
 from .access import AccessMiddleware
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
@@ -66,6 +73,8 @@ def create_app(
         model_routes.router,
         admin_routes.router,
         admin_routes.admin,
+        page_map_routes.router,
+        page_routes.router,
     ):
         app.include_router(routes)
     # The last one added is the outermost.

@@ -20,6 +20,7 @@ from ..engine import (
 )
 from .config import ServerConfig
 from .metrics import ServerMetrics
+from .page_map_feed import PageMapFeed
 from .text import TextProcessor
 from .tracing import RequestTracer
 
@@ -38,6 +39,7 @@ class ServerState:
         is_draining: whether it is about to end; streams without an end should.
         metrics: what ``/metrics`` shows.
         tracer: what makes a span of each request, or None.
+        page_map: the page map for whoever watches it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ServerState:
         self.metrics = ServerMetrics(engine, model_name=self.model_name, version=__version__)
         endpoint = config.otlp_traces_endpoint
         self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
+        self.page_map = PageMapFeed(engine, self.model_name)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 
