@@ -37,10 +37,12 @@ from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
 from .startup import StartupPhase, StartupPhases
+from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
     "LLM",
     "PAGE_KINDS",
+    "STEP_TOKEN_BOUNDS",
     "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
@@ -70,6 +72,7 @@ __all__ = [
     "StartupPhase",
     "StartupPhases",
     "StructuredOutputsParams",
+    "TokenStats",
     "UnsupportedModelError",
     "VmallocError",
     "load_engine",

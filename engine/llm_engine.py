@@ -31,6 +31,7 @@ from .schedule import ScheduledBatch, SchedulerStats
 from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
 from .startup import StartupPhases
+from .token_counts import TokenStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -140,11 +141,6 @@ class LLMEngine:
         """What decodes are recorded in; None where every step is launched kernel by kernel."""
         return self._runner.decodes
 
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens generated so far, those of every beam included."""
-        return self._generation.num_tokens
-
     def stats(self) -> SchedulerStats:
         """Queues and counters of preemption."""
         return self._scheduler.stats()
@@ -172,6 +168,10 @@ class LLMEngine:
         """Whether a request got into a step, or is not live any more."""
         group = self._requests.get(request_id)
         return group is None or group.metrics.first_scheduled_time is not None
+
+    def token_stats(self) -> TokenStats:
+        """Tokens of prompts, written and computed so far."""
+        return self._generation.tokens.stats()
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` has work."""
@@ -363,6 +363,7 @@ class LLMEngine:
             if not batch.seqs:
                 return None
             counts = batch.num_new_tokens
+            self._generation.tokens.note_step(sum(counts))
             self._timer.start()
             logits = self._runner.forward(batch.seqs, counts, scored_prompts(batch))
             if max(counts) > 1:

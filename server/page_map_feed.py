@@ -59,7 +59,7 @@ class _Look:
             engine.kv_stats(),
             engine.stats(),
             engine.prefix_stats(),
-            engine.num_generated_tokens,
+            engine.token_stats().generation_tokens,
         )
 
     @property
