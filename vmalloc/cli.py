@@ -1,4 +1,4 @@
-"""The command line: ``vmalloc generate``, ``serve``, ``bench`` and ``info``.
+"""The command line: ``vmalloc generate``, ``serve``, ``top``, ``bench`` and ``info``.
 
 Owns: what people read; the options are in ``cli_options.py`` and ``serve_options.py``.
 Thread-safety: none; one process, one command.
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -289,6 +289,25 @@ def bench(
         Console().print(bench_report(result))
     if result.failures or result.num_unfinished:
         raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the server is, e.g. http://localhost:8000.")],
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that the server asks for.", envvar="VMALLOC_API_KEY"),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print frames as JSON, one a line.")
+    ] = False,
+) -> None:
+    """Watch the pages of a running server in the terminal. Ctrl-C ends it."""
+    _check_extra("server", ("httpx",))
+    from .server.top import top as run_top
+
+    raise typer.Exit(run_top(url, api_key=api_key, once=once, as_json=as_json))
 
 
 @app.command()
