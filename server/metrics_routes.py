@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: none; one event loop.
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from .generation import server_state
 
@@ -15,6 +16,5 @@ router = APIRouter(tags=["operations"])
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """The figures of the engine and of the requests so far, in Prometheus' text format."""
-    accept = request.headers.get("accept", "")
-    content, content_type = server_state(request).metrics.render(accept)
-    return Response(content, headers={"content-type": content_type})
+    content = server_state(request).metrics.render()
+    return Response(content, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
