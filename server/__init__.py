@@ -3,6 +3,8 @@
 Owns: the server's public names.  Thread-safety: see each class.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from .run import serve
     from .state import ServerState
 
-# Loaded on first use: clients of a server, as ``vmalloc top``, need no torch.
+# Loaded on first use: the clients that live here too need neither torch nor FastAPI.
 _MODULE_OF = {
     "ServerConfig": "config",
     "ServerState": "state",
@@ -30,6 +32,8 @@ def __getattr__(name: str) -> object:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
