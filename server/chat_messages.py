@@ -16,18 +16,19 @@ from .template_source import TemplateSource
 
 
 def template_messages(
-    messages: Sequence[ChatMessage], template: TemplateSource
+    messages: Sequence[ChatMessage], places: Sequence[str], template: TemplateSource
 ) -> list[dict[str, Any]]:
     """The messages as plain values; the arguments of calls are objects, as templates want them.
 
-    A ``developer`` is a ``system`` to templates that do not know one.
+    A ``developer`` is a ``system`` to templates that do not know one. ``places``: what each message
+    is called in the request.
 
     Raises ``ApiError`` for fields that a role does not have, and for messages about tools where
     the template cannot show them.
     """
     return [
-        _template_message(message, f"messages.{idx}", template)
-        for idx, message in enumerate(messages)
+        _template_message(message, place, template)
+        for message, place in zip(messages, places, strict=True)
     ]
 
 

@@ -65,6 +65,7 @@ async def render_chat(
     continue_final_message: bool = False,
     template: TemplateSource | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    field: str = "messages",
 ) -> RenderedPrompt:
     """A chat's prompt.
 
@@ -79,6 +80,7 @@ async def render_chat(
         continue_final_message: leave the last message open, to be gone on with.
         template: None: the server's.
         template_kwargs: further variables of the template.
+        field: what the request calls its messages.
 
     Raises ``ApiError`` 400 with the template's words where it refuses or fails.
     """
@@ -97,9 +99,10 @@ async def render_chat(
         tokens = control_tokens(tokenizer, template.literals)
         plain = [dict(message) for message in messages]
         plain_tools = [dict(tool) for tool in tools] if tools else None
-        marks = TextMarks(tokens, [plain, plain_tools or [], variables])
+        marks = TextMarks(tokens, [plain, plain_tools or [], variables], field)
         rendered = _apply(
             tokenizer,
+            field,
             marks.mark(plain),
             tools=marks.mark(plain_tools),
             chat_template=_source_for(tokenizer, template),
@@ -108,32 +111,30 @@ async def render_chat(
             **marks.mark(variables),
         )
         pieces = marks.split(rendered) if marks.is_needed else [rendered]
-        return RenderedPrompt("".join(pieces), _encode(tokenizer, pieces, tokens))
+        return RenderedPrompt("".join(pieces), _encode(tokenizer, field, pieces, tokens))
 
     return await state.text.run(render)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+def _apply(tokenizer: Any, field: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
     """The rendered text. Whatever a template raises is about what it was given."""
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as error:
         raise ApiError(
             400,
-            f"messages cannot be rendered by the model's chat template: {line_of(error)}",
-            param="messages",
+            f"{field} cannot be rendered by the model's chat template: {line_of(error)}",
+            param=field,
             code="chat_template_error",
         ) from error
     return text
 
 
-def _encode(tokenizer: Any, pieces: list[str], tokens: tuple[str, ...]) -> list[int]:
+def _encode(tokenizer: Any, field: str, pieces: list[str], tokens: tuple[str, ...]) -> list[int]:
     try:
-        return encode_pieces(tokenizer, pieces, tokens)
+        return encode_pieces(tokenizer, pieces, tokens, field)
     except (TypeError, UnicodeError) as error:  # half a surrogate pair is no character
-        raise ApiError(
-            400, f"messages cannot be encoded: {line_of(error)}", param="messages"
-        ) from error
+        raise ApiError(400, f"{field} cannot be encoded: {line_of(error)}", param=field) from error
 
 
 def _source_for(tokenizer: Any, template: TemplateSource) -> str:

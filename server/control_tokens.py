@@ -39,11 +39,12 @@ class TextMarks:
     Args:
         tokens: the control tokens, the longest first.
         values: everything that will be marked: strings, lists and dicts of them.
+        field: what the request calls them.
 
     Raises ``ApiError`` if the values hold so many noncharacters that none are left for marks.
     """
 
-    def __init__(self, tokens: tuple[str, ...], values: Any) -> None:
+    def __init__(self, tokens: tuple[str, ...], values: Any, field: str) -> None:
         self._tokens = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         strings = list(_strings(values))
         self.is_needed = any(self._tokens.search(string) for string in strings)
@@ -52,8 +53,8 @@ class TextMarks:
         if len(free) < 2:
             raise ApiError(
                 400,
-                "messages hold all of the noncharacters U+FDD0 to U+FDEF; two of them are needed",
-                param="messages",
+                f"{field} holds all of the noncharacters U+FDD0 to U+FDEF; two of them are needed",
+                param=field,
             )
         self._start, self._end = free[:2]
         # A template may have written its input as JSON in ASCII.
@@ -80,7 +81,9 @@ class TextMarks:
         return [piece or "" for piece in self._marked.split(rendered)]
 
 
-def encode_pieces(tokenizer: Any, pieces: list[str], tokens: Iterable[str]) -> list[int]:
+def encode_pieces(
+    tokenizer: Any, pieces: list[str], tokens: Iterable[str], field: str
+) -> list[int]:
     """Token ids of ``TextMarks.split``'s pieces; no special tokens are added.
 
     Raises ``ApiError`` for a typed token that the tokenizer only knows as a token.
@@ -96,8 +99,8 @@ def encode_pieces(tokenizer: Any, pieces: list[str], tokens: Iterable[str]) -> l
         if not forbidden.isdisjoint(text_ids):
             raise ApiError(
                 400,
-                f"messages hold {piece!r}, which this model's tokenizer cannot write as text",
-                param="messages",
+                f"{field} holds {piece!r}, which this model's tokenizer cannot write as text",
+                param=field,
             )
         ids += text_ids
     return ids

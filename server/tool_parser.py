@@ -36,7 +36,7 @@ class ToolParser:
 
     A call appears in one piece once it is whole. However the text is cut into pieces, the same
     comes out. What looks like a call and is none (cut off, no JSON, an unknown tool) is text. White
-    space around calls belongs to them.
+    space around calls belongs to them. Calls beyond the plan's ``max_calls`` are left out.
     """
 
     def __init__(self, plan: ToolPlan) -> None:
@@ -61,7 +61,7 @@ class ToolParser:
             inner = rest.removeprefix(OPEN_TAG) if rest.startswith(OPEN_TAG) else ""
         call = self._read_call(inner)
         if call is not None:
-            yield call
+            yield from self._take(call)
             return
         yield from self._text(rest)
         if self._space and self.num_calls == 0:
@@ -92,7 +92,7 @@ class ToolParser:
             self._buffer = self._buffer[len(whole) :]
             call = self._read_call(whole[len(OPEN_TAG) : end])
             if call is not None:
-                yield call
+                yield from self._take(call)
             else:
                 yield from self._text(whole)
 
@@ -106,6 +106,12 @@ class ToolParser:
         yield self._space + text
         self._space, self._has_text = "", True
 
+    def _take(self, call: ParsedCall) -> Iterator[ParsedCall]:
+        self._space, self._has_text = "", False
+        if self._plan.max_calls is None or self.num_calls < self._plan.max_calls:
+            self.num_calls += 1
+            yield call
+
     def _read_call(self, text: str) -> ParsedCall | None:
         value = read_json_object(text)
         if value is None or not isinstance(value.get("name"), str):
@@ -116,10 +122,6 @@ class ToolParser:
         arguments: Any = value[keys[0]]
         if not isinstance(arguments, dict):
             return None
-        if self._plan.max_calls is not None and self.num_calls >= self._plan.max_calls:
-            return None
-        self.num_calls += 1
-        self._space, self._has_text = "", False
         return ParsedCall(value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
