@@ -14,7 +14,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import admin_routes, health_routes, model_routes
+from . import (
+    admin_routes,
+    completion_routes,
+    health_routes,
+    model_routes,
+    tokenization_routes,
+)
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import install_error_handlers
@@ -58,6 +64,8 @@ def create_app(
     for routes in (
         health_routes.router,
         model_routes.router,
+        completion_routes.router,
+        tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
     ):

@@ -111,15 +111,26 @@ def check_stream(body: SamplingFields) -> None:
 
 
 def check_room(
-    max_tokens: int | None, num_prompt_tokens: int, max_model_len: int, name: str = "max_tokens"
+    max_tokens: int | None,
+    num_prompt_tokens: int,
+    max_model_len: int,
+    *,
+    name: str = "max_tokens",
+    prompt_name: str = "prompt",
 ) -> None:
     """Raise ``ApiError`` unless the context holds prompt and answer.
 
-    ``name``: the field that ``max_tokens`` came from.
+    ``name`` and ``prompt_name``: the fields that they came from.
     """
     room = max_model_len - num_prompt_tokens
-    if num_prompt_tokens >= max_model_len:
-        return  # the engine refuses the prompt itself
+    if room < 1:
+        raise ApiError(
+            400,
+            f"{prompt_name} has {num_prompt_tokens} tokens; at most {max_model_len - 1} leave room "
+            f"for an answer in the model's context of {max_model_len}",
+            param=prompt_name,
+            code="context_length_exceeded",
+        )
     if max_tokens is not None and max_tokens > room:
         raise ApiError(
             400,

@@ -20,6 +20,8 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGIT_BIAS = 100.0
 """Largest either way; OpenAI's limit."""
 MAX_ID_DIGITS = 10
+MAX_PROMPTS = 1024
+"""Most prompts of one request; vLLM's limit."""
 
 
 def refuse(message: str, **context: Any) -> NoReturn:
@@ -41,8 +43,10 @@ def _read_stop(value: Any) -> Any:
 
 
 def _read_token_ids(value: Any) -> Any:
-    if value is None:
-        return None
+    return None if value is None else _read_required_token_ids(value)
+
+
+def _read_required_token_ids(value: Any) -> Any:
     if not isinstance(value, list):
         refuse("must be a list of token ids")
     for token_id in value:
@@ -101,7 +105,35 @@ def _read_schema(value: Any) -> Any:
     return value
 
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+def _read_prompts(value: Any) -> Any:
+    """One prompt or several, as a list of prompts."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        refuse(_PROMPT_SHAPES)
+    if not value:
+        refuse("is an empty list; it must hold at least 1 prompt, or 1 token id")
+    if not isinstance(value[0], str | list):
+        value = [value]
+    if len(value) > MAX_PROMPTS:
+        refuse("holds {num} prompts; at most {most}", num=len(value), most=MAX_PROMPTS)
+    for idx, prompt in enumerate(value):
+        _check_prompt(prompt, type(value[0]), idx)
+    return value
+
+
+def _check_prompt(prompt: Any, kind: type[Any], idx: int) -> None:
+    if type(prompt) is not kind:
+        refuse(_PROMPT_SHAPES + ", all of one kind")
+    if not prompt:
+        refuse("is empty at {idx}; a prompt has at least 1 character or token", idx=idx)
+    if kind is list:
+        _read_required_token_ids(prompt)
+
+
+_PROMPT_SHAPES = "must be a text, a list of texts, a list of token ids or a list of these"
+
+_IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 
 
 def _nullable(*schemas: dict[str, Any]) -> WithJsonSchema:
@@ -121,6 +153,9 @@ StopStrings = Annotated[
     ),
 ]
 TokenIds = Annotated[list[int] | None, PlainValidator(_read_token_ids), _nullable(_IDS_SCHEMA)]
+TokenIdList = Annotated[
+    list[int], PlainValidator(_read_required_token_ids), WithJsonSchema(_IDS_SCHEMA)
+]
 BadWords = Annotated[
     list[str] | None,
     PlainValidator(_read_bad_words),
@@ -156,4 +191,24 @@ SchemaOrText = Annotated[
     str | dict[str, Any] | None,
     PlainValidator(_read_schema),
     _nullable({"type": "object"}, {"type": "string"}),
+]
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_read_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _TEXT_SCHEMA,
+                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
+                {**_IDS_SCHEMA, "minItems": 1},
+                {
+                    "type": "array",
+                    "items": {**_IDS_SCHEMA, "minItems": 1},
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                },
+            ]
+        }
+    ),
 ]
