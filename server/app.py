@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import (
     admin_routes,
+    chat_routes,
     completion_routes,
     health_routes,
     model_routes,
@@ -65,6 +66,7 @@ def create_app(
         health_routes.router,
         model_routes.router,
         completion_routes.router,
+        chat_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,

@@ -32,9 +32,7 @@ def template_messages(
     ]
 
 
-def _template_message(
-    message: ChatMessage, where: str, template: TemplateSource
-) -> dict[str, Any]:
+def _template_message(message: ChatMessage, where: str, template: TemplateSource) -> dict[str, Any]:
     role = message.role
     if role == "developer" and not template.has_developer:
         role = "system"

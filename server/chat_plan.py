@@ -146,19 +146,14 @@ def _check_num_logprobs(state: ServerState, task: ChatTask) -> None:
 
 
 def _check_length(state: ServerState, task: ChatTask, prompt: RenderedPrompt) -> None:
-    max_model_len = state.max_model_len
-    if max_model_len is None:
-        return
-    num_tokens = len(prompt.token_ids)
-    if num_tokens >= max_model_len:
-        raise ApiError(
-            400,
-            f"{task.field} has {num_tokens} tokens; the model's context holds {max_model_len}, the "
-            "answer included",
-            param=task.field,
-            code="context_length_exceeded",
-        )
-    check_room(task.max_tokens, num_tokens, max_model_len, task.max_tokens_name)
+    assert state.max_model_len is not None
+    check_room(
+        task.max_tokens,
+        len(prompt.token_ids),
+        state.max_model_len,
+        name=task.max_tokens_name,
+        prompt_name=task.field,
+    )
 
 
 def _variables(task: ChatTask, known: frozenset[str]) -> dict[str, Any]:
@@ -190,6 +185,12 @@ async def _logprob_format(state: ServerState, task: ChatTask) -> LogprobFormat |
 
 def _field_names(task: ChatTask, tools: ToolPlan | None) -> dict[str, str]:
     names = {"prompt": task.field, "max_tokens": task.max_tokens_name}
+    fields = task.fields
     if tools is not None and tools.form is not None:
         names["grammar"] = "tools"
+    elif fields.response_format is not None:
+        names["json"] = "response_format"
+    else:
+        given = ("json", "regex", "choice", "grammar")
+        names |= {kind: f"guided_{kind}" for kind in given if getattr(fields, f"guided_{kind}")}
     return names

@@ -23,9 +23,7 @@ from .responses import GENERATION_ERRORS
 router = APIRouter(tags=["generation"])
 
 
-@router.post(
-    "/v1/chat/completions", response_model=ChatCompletion, responses={**GENERATION_ERRORS}
-)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**GENERATION_ERRORS})
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Go on with a chat; with `stream` as server-sent events."""
     state = server_state(request)

@@ -118,8 +118,7 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode("\n" + text, add_special_tokens=False)
     if ids[: len(line_break)] == line_break:
         return ids[len(line_break) :]
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _strings(value: Any) -> Iterator[str]:

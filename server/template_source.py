@@ -103,9 +103,7 @@ def read_template(source: str) -> TemplateSource:
     tree = environment.parse(source)
     literals: set[str] = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
     literals |= {
-        node.value
-        for node in tree.find_all(jinja2.nodes.Const)
-        if isinstance(node.value, str)
+        node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)
     }
     variables = jinja2.meta.find_undeclared_variables(tree)
     return TemplateSource(source, frozenset(variables), "\0".join(sorted(literals)))

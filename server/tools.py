@@ -129,9 +129,7 @@ def _tagged_grammar(call: str, is_forced: bool, is_single: bool) -> str:
     if is_forced:
         more = "" if is_single else ' ("\\n" call)*'
         return (
-            f"start: call{more}\n"
-            f'call: "{OPEN_TAG}\\n" body "\\n{CLOSE_TAG}"\n'
-            f"body: %json {call}\n"
+            f'start: call{more}\ncall: "{OPEN_TAG}\\n" body "\\n{CLOSE_TAG}"\nbody: %json {call}\n'
         )
     return (
         f"start: {'call?' if is_single else 'call*'} TEXT\n"

@@ -23,7 +23,7 @@ _NO_AUDIO = "answers are text"
 class ChatRequest(SamplingFields):
     """A chat to go on with."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="most tokens to generate; null: as many as the context holds"
@@ -36,7 +36,9 @@ class ChatRequest(SamplingFields):
         None, description="likeliest tokens at each place; only with `logprobs`"
     )
 
-    tools: list[Tool] | None = Field(None, description="functions that the model may call")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        None, description="functions that the model may call"
+    )
     tool_choice: ToolChoice = Field(
         None, description="whether tools are called; `auto` where there are some"
     )

@@ -93,7 +93,7 @@ class ChatMessage(ApiRequest):
     name: Annotated[str, Field(pattern=r"^[^\s<|\\/>]{1,64}$")] | None = Field(
         None, description="whose message it is, where the chat template shows it"
     )
-    tool_calls: list[SentToolCall] | None = Field(
+    tool_calls: Annotated[list[SentToolCall], Field(fail_fast=True)] | None = Field(
         None, description="calls that an assistant's message made"
     )
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(

@@ -64,9 +64,7 @@ def _read_choice(value: Any) -> Any:
             name = name["name"]
         is_known = set(value) in ({"type", "name"}, {"type", "function"})
         if value.get("type") == "function" and is_known and isinstance(name, str):
-            return NamedTool(
-                type="function", function=NamedFunction.model_construct(name=name)
-            )
+            return NamedTool(type="function", function=NamedFunction.model_construct(name=name))
     raise PydanticCustomError(
         "invalid_value", "must be none, auto, required, or the function that is to be called"
     )
