@@ -20,6 +20,7 @@ from . import (
     completion_routes,
     health_routes,
     model_routes,
+    response_routes,
     tokenization_routes,
 )
 from .auth import AuthMiddleware
@@ -67,6 +68,7 @@ def create_app(
         model_routes.router,
         completion_routes.router,
         chat_routes.router,
+        response_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,

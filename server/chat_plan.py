@@ -38,6 +38,7 @@ class ChatTask:
         num_logprobs_name: the field that it came from.
         add_generation_prompt, continue_final_message, template_kwargs: see ``render_chat``.
         reasoning_effort: a variable of some templates.
+        form_name: the field that ``fields.response_format`` came from.
     """
 
     fields: SamplingFields
@@ -55,6 +56,7 @@ class ChatTask:
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
+    form_name: str = "response_format"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
         has_parallel_calls=task.has_parallel_calls,
     )
     if tools is not None:
-        _check_no_form(task.fields)
+        _check_no_form(task)
     _check_num_logprobs(state, task)
     params = sampling_params(
         task.fields,
@@ -120,14 +122,14 @@ async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
     )
 
 
-def _check_no_form(fields: SamplingFields) -> None:
-    response_format = fields.response_format
+def _check_no_form(task: ChatTask) -> None:
+    response_format = task.fields.response_format
     if response_format is not None and response_format.type != "text":
         raise ApiError(
             400,
-            "response_format is set beside tools; an answer has that form, or calls tools. With "
+            f"{task.form_name} is set beside tools; an answer has that form, or calls tools. With "
             "tool_choice none it is honoured",
-            param="response_format",
+            param=task.form_name,
             code="unsupported_parameter",
         )
 
@@ -189,7 +191,7 @@ def _field_names(task: ChatTask, tools: ToolPlan | None) -> dict[str, str]:
     if tools is not None and tools.form is not None:
         names["grammar"] = "tools"
     elif fields.response_format is not None:
-        names["json"] = "response_format"
+        names["json"] = task.form_name
     else:
         given = ("json", "regex", "choice", "grammar")
         names |= {kind: f"guided_{kind}" for kind in given if getattr(fields, f"guided_{kind}")}
