@@ -81,14 +81,7 @@ class ChatPlan:
 async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
     """Check a task, render its prompt, and make the engine's request. Raises ``ApiError`` and
     ``ConfigError``."""
-    with_tools = bool(task.functions) and task.tool_choice != "none"
-    template = template_of(state, with_tools=with_tools)
-    tools = plan_tools(
-        task.functions,
-        task.tool_choice,
-        template,
-        has_parallel_calls=task.has_parallel_calls,
-    )
+    prompt, tools = await render_task(state, task)
     if tools is not None:
         _check_no_form(task)
     _check_num_logprobs(state, task)
@@ -97,16 +90,6 @@ async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
         max_tokens=task.max_tokens,
         logprobs=task.num_logprobs,
         structured_outputs=None if tools is None else tools.form,
-    )
-    prompt = await render_chat(
-        state,
-        template_messages(task.messages, task.places, template),
-        tools=None if tools is None else tools.definitions,
-        add_generation_prompt=task.add_generation_prompt,
-        continue_final_message=task.continue_final_message,
-        template=template,
-        template_kwargs=_variables(task, template.variables),
-        field=task.field,
     )
     _check_length(state, task, prompt)
     return ChatPlan(
@@ -120,6 +103,34 @@ async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
         logprobs=await _logprob_format(state, task),
         field_names=_field_names(task, tools),
     )
+
+
+async def render_task(state: ServerState, task: ChatTask) -> tuple[RenderedPrompt, ToolPlan | None]:
+    """A task's prompt, and how tools take part. Raises ``ApiError``."""
+    with_tools = bool(task.functions) and task.tool_choice != "none"
+    template = template_of(state, with_tools=with_tools)
+    tools = plan_tools(
+        task.functions,
+        task.tool_choice,
+        template,
+        has_parallel_calls=task.has_parallel_calls,
+    )
+    prompt = await render_chat(
+        state,
+        template_messages(task.messages, task.places, template),
+        tools=None if tools is None else tools.definitions,
+        add_generation_prompt=task.add_generation_prompt,
+        continue_final_message=task.continue_final_message,
+        template=template,
+        template_kwargs=_variables(task, template.variables),
+        field=task.field,
+    )
+    return prompt, tools
+
+
+def adds_generation_prompt(given: bool | None, continue_final_message: bool) -> bool:
+    """A request's ``add_generation_prompt``: by default unless the last message is gone on with."""
+    return not continue_final_message if given is None else given
 
 
 def _check_no_form(task: ChatTask) -> None:

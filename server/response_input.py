@@ -6,7 +6,7 @@ Owns: nothing.  Thread-safety: pure functions.
 from __future__ import annotations
 
 from .chat_plan import ChatTask
-from .errors import ApiError
+from .errors import invalid_field
 from .protocol.messages import ChatMessage
 from .protocol.response_request import InputItem, ResponseRequest, TextFormat
 from .protocol.sampling import SamplingFields
@@ -32,10 +32,12 @@ _FIELDS = (
 def response_task(body: ResponseRequest) -> ChatTask:
     """What is to be said. Raises ``ApiError`` for items that cannot be."""
     if body.stream_options is not None and not body.stream:
-        raise _invalid("stream_options", "is set without stream")
+        raise invalid_field("stream_options", "is set without stream")
     has_logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs is not None and not has_logprobs:
-        raise _invalid("top_logprobs", f"is {body.top_logprobs}; it needs {LOGPROBS} in include")
+        raise invalid_field(
+            "top_logprobs", f"is {body.top_logprobs}; it needs {LOGPROBS} in include"
+        )
     messages, places = _messages(body)
     return ChatTask(
         fields=_fields(body),
@@ -65,7 +67,7 @@ def _form(given: TextFormat | None) -> ResponseFormat | None:
         return None
     if (given.schema_ is not None) != (given.type == "json_schema"):
         what = "is missing" if given.schema_ is None else "is set"
-        raise _invalid("text.format.schema", f"{what} with the type {given.type}")
+        raise invalid_field("text.format.schema", f"{what} with the type {given.type}")
     schema = None
     if given.schema_ is not None:
         schema = JsonSchemaFormat.model_construct(name=given.name or "", schema_=given.schema_)
@@ -112,8 +114,4 @@ def _check_fields(item: InputItem, place: str, *wanted: str) -> None:
     for name in ("role", "content", "call_id", "name", "arguments", "output"):
         if (getattr(item, name) is not None) != (name in wanted):
             what = "is missing" if name in wanted else "is set"
-            raise _invalid(f"{place}.{name}", f"{what} in an item of type {item.type}")
-
-
-def _invalid(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
+            raise invalid_field(f"{place}.{name}", f"{what} in an item of type {item.type}")

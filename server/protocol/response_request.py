@@ -122,9 +122,9 @@ class ResponseRequest(ApiRequest):
     model: str | None = Field(None, description="name of the model; null: the served one")
     input: Annotated[
         list[InputItem],
+        Field(min_length=1, fail_fast=True),
         BeforeValidator(_as_items),
-        Field(min_length=1, fail_fast=True, json_schema_extra=_or_string),
-    ]
+    ] = Field(description="text, or what was said so far", json_schema_extra=_or_string)
     instructions: str | None = Field(None, description="a system message before the input")
 
     max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(
