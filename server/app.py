@@ -16,12 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import (
     admin_routes,
+    chat_routes,
     completion_routes,
     health_routes,
     metrics_routes,
     model_routes,
     page_map_routes,
     page_routes,
+    response_routes,
     tokenization_routes,
 )
 from .access import AccessMiddleware
@@ -74,6 +76,8 @@ def create_app(
         metrics_routes.router,
         model_routes.router,
         completion_routes.router,
+        chat_routes.router,
+        response_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
