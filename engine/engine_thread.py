@@ -19,6 +19,7 @@ from .llm_engine import LLMEngine
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
 from .schedule import SchedulerStats
+from .token_counts import TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class EngineSnapshot:
 
     Attributes:
         time: seconds of ``time.monotonic()``.
-        scheduler, kv, prefix: its counters.
+        scheduler, kv, prefix, tokens: its counters.
         num_steps: steps so far.
         last_step_time: when the last one ended, in seconds of ``time.monotonic()``; None: none yet.
         is_asleep: whether its memory was given back for now.
@@ -57,6 +58,7 @@ class EngineSnapshot:
     scheduler: SchedulerStats
     kv: KVCacheStats
     prefix: PrefixCacheStats
+    tokens: TokenStats
     num_steps: int
     last_step_time: float | None
     is_asleep: bool
@@ -170,6 +172,7 @@ class EngineThread:
             scheduler=engine.stats(),
             kv=engine.kv_stats(),
             prefix=engine.prefix_stats(),
+            tokens=engine.token_stats(),
             num_steps=self._num_steps,
             last_step_time=self._last_step_time,
             is_asleep=engine.is_asleep,

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import admin_routes, health_routes, model_routes
+from . import admin_routes, health_routes, model_routes, page_map_routes, page_routes
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import install_error_handlers
@@ -60,6 +60,8 @@ def create_app(
         model_routes.router,
         admin_routes.router,
         admin_routes.admin,
+        page_map_routes.router,
+        page_routes.router,
     ):
         app.include_router(routes)
     # The last one added is the outermost.

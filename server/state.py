@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..engine import AsyncLLMEngine, ConfigError, EngineUnavailableError, RequestStream
 from .config import ServerConfig
+from .page_map_feed import PageMapFeed
 from .text import TextProcessor
 
 
@@ -26,6 +27,7 @@ class ServerState:
         model_names: names that requests may give the model; the first is reported.
         created: when the server started, in seconds of the Unix clock.
         is_draining: whether it is about to end; streams without an end should.
+        page_map: the page map for whoever watches it.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ServerState:
         self.model_names = config.served_model_names or (model,)
         self.created = created
         self.is_draining = False
+        self.page_map = PageMapFeed(engine, self.model_name)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 

@@ -1,6 +1,6 @@
-"""The command line: ``vmalloc generate`` and ``vmalloc info``.
+"""The command line: ``vmalloc generate``, ``serve``, ``bench`` and ``info``.
 
-Owns: what people read; the options are in ``cli_options.py``.
+Owns: what people read; the options are in ``cli_options.py`` and ``serve_options.py``.
 Thread-safety: none; one process, one command.
 
 The one file that may import the engine from the library, and it does so lazily: ``--help`` loads
@@ -12,20 +12,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.style import Style
 
 from . import cli_options as options
+from . import serve_options as serving
 from .errors import ConfigError, VmallocError
 
 if TYPE_CHECKING:
-    from .engine import LLM, RequestOutput
+    from .engine import LLM, EngineConfig, RequestOutput
 
 EXIT_FAILED_REQUEST = 1
 EXIT_BAD_INPUT = 2
@@ -45,6 +47,7 @@ _BOLD = Style(bold=True)
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: options.Prompts = None,
     prompts_file: options.PromptsFile = None,
     model: options.Model = "demo",
@@ -110,32 +113,7 @@ def generate(
         ignore_eos=ignore_eos,
         structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
-    with LLM(
-        model,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype.value,
-        enforce_eager=enforce_eager,
-        compile=compile,
-        kv_backend=kv_backend.value,
-        kv_driver=kv_driver.value,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        swap_space_bytes=_gib_to_bytes(swap_space),
-        enable_prefix_caching=enable_prefix_caching,
-        commit_policy=commit_policy.value,
-        page_size=page_size,
-        block_size=block_size,
-        layers_per_group=layers_per_group,
-        commit_ahead_tokens=commit_ahead,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        scheduling_policy=scheduling_policy.value,
-        preemption_mode=preemption_mode.value,
-        seed=seed or 0,
-        batch_invariant=batch_invariant,
-    ) as llm:
+    with LLM(model, tokenizer=tokenizer, **_engine_settings(context.params)) as llm:
         if as_json:
             outputs = llm.generate(prompts, params, priority=priority or None)
         else:
@@ -149,6 +127,105 @@ def generate(
         _complain(error)
     if errors:
         raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model_argument: serving.ModelArgument = None,
+    model: serving.Model = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.Device = "auto",
+    enforce_eager: options.EnforceEager = False,
+    compile: options.Compile = False,
+    config: serving.Config = None,
+    dry_run: serving.DryRun = False,
+    as_json: serving.AsJson = False,
+    host: serving.Host = "127.0.0.1",
+    port: serving.Port = 8000,
+    uds: serving.Uds = None,
+    served_model_name: serving.ServedModelName = None,
+    chat_template: serving.ChatTemplate = None,
+    allowed_origins: serving.AllowedOrigins = None,
+    sse_keep_alive_interval: serving.SseKeepAliveInterval = 15.0,
+    root_path: serving.RootPath = "",
+    ssl_certfile: serving.SslCertfile = None,
+    ssl_keyfile: serving.SslKeyfile = None,
+    api_key: serving.ApiKey = None,
+    admin_api_key: serving.AdminApiKey = None,
+    max_num_queued_reqs: serving.MaxNumQueuedReqs = 512,
+    queue_timeout: serving.QueueTimeout = None,
+    request_timeout: serving.RequestTimeout = None,
+    max_body_bytes: serving.MaxBodyBytes = 4 * 2**20,
+    max_logprobs: serving.MaxLogprobs = 20,
+    shutdown_timeout: serving.ShutdownTimeout = 30.0,
+    health_timeout: serving.HealthTimeout = 30.0,
+    release_idle_after: serving.ReleaseIdleAfter = None,
+    log_format: serving.LogFormatOption = serving.LogFormat.TEXT,
+    enable_log_requests: serving.EnableLogRequests = False,
+    disable_log_stats: serving.DisableLogStats = False,
+    otlp_traces_endpoint: serving.OtlpTracesEndpoint = None,
+    kv_backend: options.BackendOption = options.Backend.AUTO,
+    kv_driver: options.KVDriver = options.Driver.AUTO,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
+    swap_space: options.SwapSpace = None,
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    commit_policy: options.CommitPolicyOption = options.CommitPolicy.ON_DEMAND,
+    page_size: options.PageSize = None,
+    block_size: options.BlockSize = 16,
+    layers_per_group: options.LayersPerGroup = None,
+    commit_ahead: options.CommitAhead = 4,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    scheduling_policy: serving.SchedulingPolicyOption = options.SchedulingPolicy.FCFS,
+    preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
+    seed: serving.EngineSeed = 0,
+    batch_invariant: options.BatchInvariant = False,
+) -> None:
+    """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
+    model = _one_model(model_argument, model)
+    if as_json and not dry_run:
+        raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
+    _prepare_process(model)
+    from .engine import EngineConfig
+
+    engine_config = EngineConfig(**_engine_settings(context.params))
+    if dry_run:
+        _show_plan(model, engine_config, as_json=as_json)
+        return
+    _check_extra("server", ("fastapi", "uvicorn", "prometheus_client"))
+    from .server.config import ServerConfig
+    from .server.run import serve as run_server
+
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        uds=None if uds is None else str(uds),
+        api_keys=tuple(api_key or ()),
+        admin_api_keys=tuple(admin_api_key or ()),
+        served_model_names=tuple(served_model_name or ()),
+        chat_template=None if chat_template is None else str(chat_template),
+        max_queued_requests=max_num_queued_reqs,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
+        max_body_bytes=max_body_bytes,
+        allowed_origins=tuple(allowed_origins or ()),
+        sse_keep_alive_s=sse_keep_alive_interval,
+        shutdown_timeout_s=shutdown_timeout,
+        health_timeout_s=health_timeout,
+        release_idle_after_s=release_idle_after,
+        root_path=root_path,
+        ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+        ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        log_format=log_format.value,
+        log_requests=enable_log_requests,
+        log_stats=not disable_log_stats,
+        otlp_traces_endpoint=otlp_traces_endpoint,
+    )
+    raise typer.Exit(run_server(model, tokenizer, engine_config, server_config))
 
 
 @app.command()
@@ -283,8 +360,42 @@ def _output_dicts(output: RequestOutput) -> Iterator[dict[str, object]]:
         yield result
 
 
-def _gib_to_bytes(num_gib: float | None) -> int | None:
-    return None if num_gib is None else int(num_gib * 2**30)
+def _engine_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``EngineConfig`` among a command's options, which mostly have their names."""
+    from .engine import EngineConfig
+
+    names = {field.name for field in fields(EngineConfig)} & set(params)
+    settings = {name: getattr(params[name], "value", params[name]) for name in names}
+    num_gib = params["swap_space"]
+    settings["swap_space_bytes"] = None if num_gib is None else int(num_gib * 2**30)
+    settings["commit_ahead_tokens"] = params["commit_ahead"]
+    settings["seed"] = params["seed"] or 0
+    return settings
+
+
+def _one_model(argument: str | None, option: str | None) -> str:
+    if argument is not None and option is not None and argument != option:
+        raise ConfigError(f"the model is {argument!r} and --model is {option!r}; give one of them")
+    return argument or option or "demo"
+
+
+def _show_plan(model: str, config: EngineConfig, *, as_json: bool) -> None:
+    from .engine.memory_plan import plan_memory
+    from .engine.memory_plan_table import memory_plan_report
+
+    plan = plan_memory(model, config)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(plan)) + "\n")
+    else:
+        Console().print(memory_plan_report(plan))
+
+
+def _check_extra(extra: str, modules: Sequence[str]) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} cannot be imported; pip install 'vmalloc[{extra}]'"
+        )
 
 
 def _prepare_process(model: str | None) -> None:
