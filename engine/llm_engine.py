@@ -239,10 +239,11 @@ class LLMEngine:
         self._check_awake()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
+        started = time.monotonic()
         logits = self._compute(batch)
         to_report = list(self._ended)
         if logits is not None:
-            to_report.extend(self._generation.advance(batch, logits, self._ended))
+            to_report.extend(self._generation.advance(batch, logits, self._ended, started))
         for num_tokens, seconds in self._timer.take_finished():
             self._scheduler.cost.observe_prefill(num_tokens, seconds)
         now = time.monotonic()

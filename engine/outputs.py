@@ -57,7 +57,7 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: ``add_request`` accepted it.
-        first_scheduled_time: its first tokens entered a step.
+        first_scheduled_time: its first step began.
         first_token_time: its first token was sampled.
         finished_time: it ended.
         num_preemptions: times it gave up its memory, to swap space or to be computed again.

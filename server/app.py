@@ -14,12 +14,21 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import admin_routes, health_routes, model_routes, page_map_routes, page_routes
+from . import (
+    admin_routes,
+    health_routes,
+    metrics_routes,
+    model_routes,
+    page_map_routes,
+    page_routes,
+)
+from .access import AccessMiddleware
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
 from .state import ServerState
+from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +45,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.engine.start()
-        start = asyncio.create_task(_finish_start(state, on_started))
+        tasks = [asyncio.create_task(_finish_start(state, on_started))]
+        if state.config.log_stats:
+            tasks.append(asyncio.create_task(StatsLog(state.engine).run()))
         try:
             yield
         finally:
-            start.cancel()
+            for task in tasks:
+                task.cancel()
             await state.close()
 
     app = FastAPI(
@@ -57,6 +69,7 @@ def create_app(
     install_error_handlers(app)
     for routes in (
         health_routes.router,
+        metrics_routes.router,
         model_routes.router,
         admin_routes.router,
         admin_routes.admin,
@@ -75,6 +88,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[HEADER, "retry-after"],
         )
+    app.add_middleware(AccessMiddleware, state=state)
     app.add_middleware(RequestIdMiddleware)
     return app
 
