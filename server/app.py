@@ -16,11 +16,13 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import (
     admin_routes,
+    completion_routes,
     health_routes,
     metrics_routes,
     model_routes,
     page_map_routes,
     page_routes,
+    tokenization_routes,
 )
 from .access import AccessMiddleware
 from .auth import AuthMiddleware
@@ -71,6 +73,8 @@ def create_app(
         health_routes.router,
         metrics_routes.router,
         model_routes.router,
+        completion_routes.router,
+        tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
         page_map_routes.router,

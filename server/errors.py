@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ _TYPES = {
     499: "request_aborted",
     504: "timeout_error",
 }
+_NAMED = re.compile(r"([a-z][a-z0-9_]*) (?:is|has|holds) ")
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -101,7 +103,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, ConfigError):
         message = str(error)
-        return ApiError(400, message, param=_param_of(message))
+        return ApiError(400, message, param=_param_of(message), code="invalid_value")
     if isinstance(error, QueueFullError):
         headers = _retry_after(error.retry_after_s)
         return ApiError(429, str(error), code="queue_full", headers=headers)
@@ -170,10 +172,12 @@ def validation_error(errors: Any) -> ApiError:
             400, f"{param} is not a known parameter", param=param, code="unknown_parameter"
         )
     if kind == "unsupported_parameter":
-        return ApiError(400, message, param=param, code="unsupported_parameter")
+        return ApiError(400, f"{param} is {message}", param=param, code="unsupported_parameter")
     if kind == "missing":
         what = param or "the body"
         return ApiError(400, f"{what} is missing", param=param, code="missing_required_parameter")
+    if param is None and kind.endswith("_attributes_type"):
+        message = "the body must be a JSON object, sent as Content-Type: application/json"
     text = f"{param}: {message}" if param else message
     if "input" in first and isinstance(first["input"], str | int | float | bool | None):
         text += f"; it is {first['input']!r:.100}"
@@ -193,8 +197,8 @@ def _answer_http(request: Request, error: Exception) -> Response:
 
 def _param_of(message: str) -> str | None:
     """The field that a ``ConfigError`` is about: its texts start with the name."""
-    name = message.split(" ", 1)[0]
-    return name if name.isidentifier() and (name.islower() or "_" in name) else None
+    found = _NAMED.match(message)
+    return None if found is None else found[1]
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

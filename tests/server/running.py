@@ -1,0 +1,136 @@
+"""A real server on a free port, in a thread of the test's process, and the same engine offline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import uvicorn
+
+from vmalloc.engine import LLM, AsyncLLMEngine, EngineConfig, LLMEngine, load_engine
+from vmalloc.server.app import create_app
+from vmalloc.server.config import ServerConfig
+from vmalloc.server.run import listen
+from vmalloc.server.state import ServerState
+
+T = TypeVar("T")
+
+DEADLINE_SECONDS = 120.0
+SETTINGS: dict[str, Any] = {
+    # A lone sequence and one in a batch get the same logits, so texts can be compared.
+    "batch_invariant": True,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+
+
+class RunningServer:
+    """The demo model behind a socket.
+
+    Attributes:
+        url: where it listens.
+        http: a client of it.
+        state: what its handlers share; touch it on its loop only.
+    """
+
+    def __init__(self, config: ServerConfig | None = None, **engine_settings: Any) -> None:
+        config = config or ServerConfig(port=0)
+        engine_config = EngineConfig(**{**SETTINGS, **engine_settings})
+        engine = AsyncLLMEngine(
+            lambda phases: load_engine("demo", None, engine_config, phases=phases),
+            max_queued_requests=config.max_queued_requests,
+        )
+        self.state = ServerState(engine, config, model="demo", created=int(time.time()))
+        self._listener = listen(config)
+        self.url = "http://127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._has_started = threading.Event()
+        self._start_error: BaseException | None = None
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                create_app(self.state, on_started=self._started),
+                log_config=None,
+                access_log=False,
+                ws="none",
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._has_started.wait(DEADLINE_SECONDS)
+        assert self._start_error is None, self._start_error
+
+    def _run(self) -> None:
+        async def run() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._uvicorn.serve(sockets=[self._listener])
+
+        asyncio.run(run())
+
+    def _started(self, error: BaseException | None) -> None:
+        self._start_error = error
+        self._has_started.set()
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """POST JSON."""
+        return self.http.post(path, json=body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """The answer of ``/v1/completions``, which must be a good one."""
+        response = self.post("/v1/completions", **body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stream(self, path: str = "/v1/completions", **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream, without the end marker, which must be there."""
+        with self.http.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert events[-1] == "[DONE]"
+        return [json.loads(event) for event in events[:-1] if not event.startswith(":")]
+
+    def on_engine(self, function: Callable[[LLMEngine], T]) -> T:
+        """What a function of the engine returns, between two of its steps."""
+        assert self._loop is not None
+        call = asyncio.run_coroutine_threadsafe(self.state.engine.call(function), self._loop)
+        return call.result(DEADLINE_SECONDS)
+
+    def wait_idle(self) -> None:
+        """Wait until no request is live."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while self.on_engine(lambda engine: engine.has_unfinished_requests()):
+            assert time.monotonic() < deadline, "a request runs on"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End it; nothing of it is left."""
+        self.http.close()
+        self._uvicorn.should_exit = True
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive()
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """A server; at the end nothing may run in it."""
+    running = RunningServer()
+    yield running
+    running.wait_idle()
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """The same model and settings without a server."""
+    with LLM("demo", **SETTINGS) as offline:
+        yield offline
