@@ -31,6 +31,9 @@ EngineState = Literal["starting", "running", "draining", "stopped", "dead"]
 
 DRAIN_POLL_SECONDS = 0.05
 
+LOAD_END_SECONDS = 5.0
+"""Longest wait for the end of a load that nobody wants any more; it cannot be interrupted."""
+
 RETRY_SECONDS = 1.0
 """When a client that was turned away may try again; a step or two later things look different."""
 
@@ -233,8 +236,15 @@ class AsyncLLMEngine:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         return not self._prompts
 
+    def end(self, timeout_s: float) -> bool:
+        """Without an event loop: have the thread end, and wait for it; whether it did."""
+        self._thread.stop()
+        return self._thread.join(timeout_s)
+
     async def close(self, timeout_s: float = 60.0) -> None:
-        """End what runs and give everything back. Idempotent."""
+        """End what runs and give everything back; a load is not waited for. Idempotent."""
+        if self._config is None:
+            timeout_s = min(timeout_s, LOAD_END_SECONDS)
         if self._state != "dead":
             self._state = "stopped"
         self._thread.stop()

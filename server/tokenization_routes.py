@@ -16,9 +16,10 @@ from .protocol.tokenization import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from .json_body import JsonRoute
 from .responses import TEXT_ERRORS
 
-router = APIRouter(tags=["tokens"], responses={**TEXT_ERRORS})
+router = APIRouter(route_class=JsonRoute, tags=["tokens"], responses={**TEXT_ERRORS})
 
 
 @router.post("/tokenize")
