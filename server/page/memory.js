@@ -67,9 +67,14 @@ export class Memory {
     this.frame = frame;
     this.tokens.push(frame.time, frame.totals.tokens_per_s);
     this.pages.push(frame.time, frame.totals.pages_mapped_per_s);
-    this.view.show(frame.map);
+    this.view.show(frame.map, frame.time);
     this.showText(frame);
     this.schedule();
+  }
+
+  /** The response whose rows are to stand out. */
+  setOwn(id) {
+    this.view.own = id;
   }
 
   /** Colours or sizes changed. */
@@ -129,7 +134,7 @@ export class Memory {
       const swatch = element("canvas");
       const size = element("span", "–");
       swatch.setAttribute("aria-hidden", "true");
-      item.append(swatch, element("b", name), size, element("span", `: ${meaning}`, "hidden"));
+      item.append(swatch, element("b", name), size, element("span", meaning, "hidden"));
       list.append(item);
       entries.set(kind, { swatch, size });
     }

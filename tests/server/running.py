@@ -48,7 +48,7 @@ class RunningServer:
         )
         self.state = ServerState(engine, config, model="demo", created=int(time.time()))
         self._listener = listen(config)
-        self.url = "http://127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_started = threading.Event()
