@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import (
     admin_routes,
+    chat_routes,
     completion_routes,
     health_routes,
     metrics_routes,
@@ -74,6 +75,7 @@ def create_app(
         metrics_routes.router,
         model_routes.router,
         completion_routes.router,
+        chat_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,

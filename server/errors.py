@@ -126,6 +126,16 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
 
 
+def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiError:
+    """A refusal by the engine, in the words of a request whose fields have names of their own."""
+    failure = as_api_error(error)
+    name = failure.param
+    if name is not None and name in field_names:
+        failure.param = field_names[name]
+        failure.message = failure.param + failure.message.removeprefix(name)
+    return failure
+
+
 def kv_exhausted(message: str) -> ApiError:
     """A request that the engine ended as the KV cache cannot hold it."""
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)

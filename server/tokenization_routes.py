@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 
 from .errors import ApiError
 from .generation import server_state
+from .json_body import JsonRoute
 from .model_routes import check_model
 from .protocol.tokenization import (
     DetokenizeRequest,
@@ -16,7 +17,6 @@ from .protocol.tokenization import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from .json_body import JsonRoute
 from .responses import TEXT_ERRORS
 
 router = APIRouter(route_class=JsonRoute, tags=["tokens"], responses={**TEXT_ERRORS})
