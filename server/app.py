@@ -29,7 +29,7 @@ from . import (
 from .access import AccessMiddleware
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
-from .errors import install_error_handlers
+from .errors import FailureMiddleware, install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
 from .state import ServerState
 from .stats_log import StatsLog
@@ -86,6 +86,7 @@ def create_app(
     ):
         app.include_router(routes)
     # The last one added is the outermost.
+    app.add_middleware(FailureMiddleware)
     app.add_middleware(BodyMiddleware, config=state.config)
     app.add_middleware(AuthMiddleware, config=state.config)
     if state.config.allowed_origins:

@@ -15,12 +15,13 @@ from .chat_plan import ChatTask, adds_generation_prompt, plan_chat
 from .errors import invalid_field
 from .fingerprint import system_fingerprint
 from .generation import EventStream, generate, new_id, server_state
+from .json_body import JsonRoute
 from .model_routes import check_model
 from .protocol.chat import ChatRequest
 from .protocol.chat_answers import ChatCompletion
 from .responses import GENERATION_ERRORS
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**GENERATION_ERRORS})

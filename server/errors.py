@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import (
     ConfigError,
@@ -42,7 +43,9 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     499: "request_aborted",
     504: "timeout_error",
 }
@@ -154,6 +157,28 @@ def kv_exhausted(message: str) -> ApiError:
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
 
 
+class FailureMiddleware:
+    """Answers what nobody expected, inside of what names and counts responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if scope["type"] != "http" or has_started:
+                raise
+            await as_api_error(error).response()(scope, receive, send)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception in OpenAI's shape."""
 
@@ -167,7 +192,6 @@ def install_error_handlers(app: FastAPI) -> None:
         EngineUnavailableError,
         RequestTimeoutError,
         RequestAbortedError,
-        Exception,
     ):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnectedError, _answer_nobody)

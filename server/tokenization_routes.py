@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from .chat_plan import ChatTask, adds_generation_prompt, render_task
 from .errors import ApiError, invalid_field
 from .generation import server_state
+from .json_body import JsonRoute
 from .model_routes import check_model
 from .protocol.sampling import SamplingFields
 from .protocol.tokenization import (
@@ -23,7 +24,7 @@ from .state import ServerState
 
 _CHAT_FIELDS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
-router = APIRouter(tags=["tokens"], responses={**TEXT_ERRORS})
+router = APIRouter(route_class=JsonRoute, tags=["tokens"], responses={**TEXT_ERRORS})
 
 
 @router.post("/tokenize")
