@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -149,7 +150,7 @@ def test_a_client_that_leaves_is_forgotten(server: ServerProcess) -> None:
 def _num_watchers(server: ServerProcess) -> int:
     """Established connections to the server, but for idle ones: those of streams stay open."""
     connections = 0
-    for line in open("/proc/net/tcp").readlines()[1:]:
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, *_ = line.split()
         connections += int(local.split(":")[1], 16) == server.port and state == "01"
     return connections
