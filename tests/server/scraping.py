@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.running import DEADLINE_SECONDS, RunningServer
+from vmalloc.engine import LLMEngine
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -27,6 +28,19 @@ def scrape(server: RunningServer) -> Samples:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain")
     return parse(response.text)
+
+
+def settled(server: RunningServer) -> Samples:
+    """What ``/metrics`` shows once nothing runs and the latest snapshot says so."""
+    server.wait_idle()
+    tokens = server.on_engine(LLMEngine.token_stats)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        snapshot = server.state.engine.snapshot
+        if snapshot is not None and snapshot.tokens == tokens and not snapshot.num_live_requests:
+            return scrape(server)
+        assert time.monotonic() < deadline, "the snapshot is old"
+        time.sleep(0.005)
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.running import RunningServer
-from tests.server.scraping import Samples, scrape, value, wait_for
+from tests.server.scraping import Samples, scrape, settled, value, wait_for
 from vmalloc.engine import STEP_TOKEN_BOUNDS, AsyncLLMEngine, LLMEngine
 from vmalloc.server.config import ServerConfig
 from vmalloc.server.engine_collector import KV_COUNTERS, KV_GAUGES
@@ -55,11 +55,8 @@ def test_every_name_in_the_docs_is_exported_and_every_exported_name_is_there(
 
 def test_the_figures_are_those_of_the_engine(server: RunningServer) -> None:
     server.complete(model="demo", prompt=PROMPT, max_tokens=4)
-    server.wait_idle()
+    samples = settled(server)
     kv, prefix = server.on_engine(lambda engine: (engine.kv_stats(), engine.prefix_stats()))
-    # The engine thread notes its figures once more before it waits for work.
-    wait_for(server, "vmalloc_kv_committed_bytes", kv.committed_bytes)
-    samples = scrape(server)
     for field in KV_GAUGES:
         assert value(samples, f"vmalloc_kv_{field}") == getattr(kv, field)
     for field in KV_COUNTERS:
@@ -87,16 +84,12 @@ def test_the_cache_is_described_with_vllms_labels(server: RunningServer) -> None
 
 
 def test_a_streamed_request_is_counted_token_by_token(server: RunningServer) -> None:
-    before = scrape(server)
+    before = settled(server)
     prompt = list(range(200, 260))
     server.stream(model="demo", prompt=prompt, max_tokens=7, temperature=0, ignore_eos=True)
-    wait_for(
-        server,
-        "vllm:request_success_total",
-        value(before, "vllm:request_success_total", finished_reason="length") + 1,
-        finished_reason="length",
-    )
-    after = scrape(server)
+    after = settled(server)
+    success = growth(before, after, "vllm:request_success_total", finished_reason="length")
+    assert success == 1
     for name, expected in (
         ("vllm:prompt_tokens_total", 60),
         ("vllm:generation_tokens_total", 7),
@@ -131,9 +124,9 @@ def test_a_streamed_request_is_counted_token_by_token(server: RunningServer) -> 
 
 
 def test_a_plain_request_with_several_completions_counts_once(server: RunningServer) -> None:
-    before = scrape(server)
+    before = settled(server)
     server.complete(model="demo", prompt=PROMPT, max_tokens=5, n=3, seed=1, ignore_eos=True)
-    after = scrape(server)
+    after = settled(server)
     for name, expected in (
         ("vllm:request_params_n_sum", 3),
         ("vllm:request_generation_tokens_sum", 15),
@@ -148,16 +141,9 @@ def test_a_plain_request_with_several_completions_counts_once(server: RunningSer
 def test_cached_prompts_show_as_hits(server: RunningServer) -> None:
     prompt = [7] * 70
     server.complete(model="demo", prompt=prompt, max_tokens=1)
-    server.wait_idle()
-    before = scrape(server)
+    before = settled(server)
     answer = server.complete(model="demo", prompt=prompt, max_tokens=1)
-    server.wait_idle()
-    wait_for(
-        server,
-        "vmalloc_prefix_lookups_total",
-        value(before, "vmalloc_prefix_lookups_total") + 1,
-    )
-    after = scrape(server)
+    after = settled(server)
     num_cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert num_cached > 0
     assert growth(before, after, "vllm:prefix_cache_hits_total") == num_cached
@@ -194,7 +180,7 @@ def test_counters_only_grow(server: RunningServer) -> None:
 
 
 def test_a_client_that_leaves_is_counted(server: RunningServer) -> None:
-    before = scrape(server)
+    before = settled(server)
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 1500, "stream": True}
     with server.http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
         next(answer.iter_lines())
@@ -204,17 +190,17 @@ def test_a_client_that_leaves_is_counted(server: RunningServer) -> None:
         value(before, "vmalloc_requests_aborted_total", reason="disconnect") + 1,
         reason="disconnect",
     )
-    after = scrape(server)
+    after = settled(server)
     assert growth(before, after, "vllm:request_success_total", finished_reason="abort") == 1
     assert growth(before, after, "vllm:e2e_request_latency_seconds_count") == 0
 
 
 def test_responses_are_counted_by_their_declared_path(server: RunningServer) -> None:
-    before = scrape(server)
+    before = settled(server)
     for path in ("/no/such/path", "/no/other", "/v1/models/demo", "/v1/models/nobody"):
         server.http.get(path)
     server.http.get("/v1/completions")
-    after = scrape(server)
+    after = settled(server)
 
     def count(method: str, route: str, status: int) -> float:
         labels = {"method": method, "route": route, "status": str(status)}
@@ -265,11 +251,10 @@ def test_preemptions_are_counted_by_kind() -> None:
     try:
         body = {"model": "demo", "prompt": [[idx] * 20 for idx in range(3, 7)], "max_tokens": 50}
         server.complete(**body, ignore_eos=True, temperature=0)
-        server.wait_idle()
+        samples = settled(server)
         stats = server.on_engine(LLMEngine.stats)
-        assert stats.preempt_recompute > 0
-        wait_for(server, "vmalloc_preemptions_total", stats.preempt_recompute, kind="recompute")
-        samples = scrape(server)
+        num_recomputes = value(samples, "vmalloc_preemptions_total", kind="recompute")
+        assert num_recomputes == stats.preempt_recompute > 0
         assert value(samples, "vmalloc_preemptions_total", kind="swap") == stats.preempt_swap
         assert value(samples, "vmalloc_preempted_tokens_total") == stats.preempted_tokens
         assert value(samples, "vllm:num_preemptions_total") == (
