@@ -195,6 +195,49 @@ def test_a_client_that_leaves_is_counted(server: RunningServer) -> None:
     assert growth(before, after, "vllm:e2e_request_latency_seconds_count") == 0
 
 
+def test_what_is_aborted_by_name_is_counted(server: RunningServer) -> None:
+    before = settled(server)
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 1500, "stream": True}
+    headers = {"x-request-id": "to-be-aborted"}
+    with server.http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert server.post("/abort", request_id="to-be-aborted").json() == {"num_aborted": 1}
+        assert "request_aborted" in "".join(lines)
+    after = settled(server)
+    assert growth(before, after, "vmalloc_requests_aborted_total", reason="aborted") == 1
+    assert growth(before, after, "vllm:request_success_total", finished_reason="abort") == 1
+
+
+def test_what_takes_too_long_is_counted() -> None:
+    server = RunningServer(ServerConfig(port=0, request_timeout_s=0.3))
+    try:
+        body = {"model": "demo", "prompt": [PROMPT, PROMPT], "max_tokens": 1900}
+        answer = server.post("/v1/completions", **body, ignore_eos=True)
+        assert answer.status_code == 504
+        samples = settled(server)
+        reason = {"reason": "request_timeout"}
+        assert value(samples, "vmalloc_requests_aborted_total", **reason) == 2
+        assert value(samples, "vllm:request_success_total", finished_reason="abort") == 2
+    finally:
+        server.close()
+
+
+def test_refusals_are_counted_by_the_state_of_the_engine(server: RunningServer) -> None:
+    before = settled(server)
+    server.on_engine(LLMEngine.sleep)
+    wait_for(server, "vllm:engine_sleep_state", 0, sleep_state="awake")
+    try:
+        answer = server.post("/v1/completions", model="demo", prompt=PROMPT, max_tokens=1)
+        assert answer.status_code == 503
+    finally:
+        assert server.on_engine(LLMEngine.wake)
+    wait_for(server, "vllm:engine_sleep_state", 1, sleep_state="awake")
+    after = settled(server)
+    assert growth(before, after, "vmalloc_requests_rejected_total", reason="sleeping") == 1
+    assert growth(before, after, "vllm:request_success_total", finished_reason="error") == 0
+
+
 def test_responses_are_counted_by_their_declared_path(server: RunningServer) -> None:
     before = settled(server)
     for path in ("/no/such/path", "/no/other", "/v1/models/demo", "/v1/models/nobody"):
