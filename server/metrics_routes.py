@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from .generation import server_state
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 router = APIRouter(tags=["operations"])
 
@@ -20,4 +21,4 @@ async def metrics(request: Request) -> Response:
     """The figures of the engine and of the requests so far, in Prometheus' text format."""
     # Ten milliseconds of work, which no stream should wait for.
     content = await asyncio.to_thread(server_state(request).metrics.render)
-    return Response(content, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    return Response(content, headers={"content-type": CONTENT_TYPE})
