@@ -33,7 +33,8 @@ def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    running = RunningServer(ServerConfig(port=0, api_keys=(KEY,)))
+    # The lines of figures are asked for where they are tested.
+    running = RunningServer(ServerConfig(port=0, api_keys=(KEY,), log_stats=False))
     running.http.headers["authorization"] = f"Bearer {KEY}"
     yield running
     running.wait_idle()
@@ -224,6 +225,7 @@ def wait_for_tokens(server: RunningServer, num_tokens: int) -> None:
 def test_a_burst_of_preemptions_is_one_line(lines: Any) -> None:
     page = 4096
     running = RunningServer(
+        ServerConfig(port=0, log_stats=False),
         page_size=page,
         kv_cache_memory_bytes=100 * page,
         preemption_mode="recompute",
