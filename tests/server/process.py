@@ -71,8 +71,8 @@ class ServerProcess:
         return httpx.URL(self.url).port or 80
 
     def stop(self) -> int:
-        """End it as an operator does; its exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        """End it as an operator does; its exit code. Idempotent."""
+        self._process.send_signal(signal.SIGTERM)  # nothing happens where it ended already
         code = self._process.wait(END_SECONDS)
         self._close()
         return code

@@ -20,6 +20,7 @@ from vmalloc.server.page_map_client import read_url
 from vmalloc.server.top_view import SPARKS, bytes_by_kind, page_map_view, spark_line
 
 from .process import ROOT, ServerProcess
+from .running import RunningServer
 
 HANG_SECONDS = 60.0
 KEY = "a-key"
@@ -137,22 +138,25 @@ def test_events_come_four_times_a_second_at_most(server: ServerProcess) -> None:
     assert times[-1] - times[0] >= 7 * 0.24
 
 
-def test_a_client_that_leaves_is_forgotten(server: ServerProcess) -> None:
-    for _ in range(5):
-        assert next(events(server.url))
-    deadline = time.monotonic() + HANG_SECONDS
-    while _num_watchers(server) > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _num_watchers(server: ServerProcess) -> int:
-    """Established connections to the server, but for idle ones: those of streams stay open."""
-    connections = 0
-    for line in open("/proc/net/tcp").readlines()[1:]:
-        _, local, _, state, *_ = line.split()
-        connections += int(local.split(":")[1], 16) == server.port and state == "01"
-    return connections
+def test_nothing_is_computed_once_the_clients_left() -> None:
+    running = RunningServer()
+    try:
+        feed = running.state.page_map
+        streams = [events(running.url) for _ in range(3)]
+        for stream in streams:
+            assert next(stream)
+        assert feed.num_watchers == 3
+        for stream in streams:
+            stream.close()  # type: ignore[attr-defined]
+        deadline = time.monotonic() + HANG_SECONDS
+        while feed.num_watchers > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        num_looks = feed.num_looks
+        running.complete(prompt="import os", max_tokens=300)
+        assert feed.num_looks == num_looks
+    finally:
+        running.close()
 
 
 def test_the_stream_does_not_keep_a_server_alive() -> None:
@@ -161,7 +165,6 @@ def test_the_stream_does_not_keep_a_server_alive() -> None:
         assert next(stream)
         assert process.stop() == 0
         list(stream)  # it ended, in order
-        process.stop = lambda: 0  # type: ignore[method-assign]
 
 
 def test_a_key_is_asked_for(guarded: ServerProcess) -> None:
@@ -245,6 +248,8 @@ def test_what_is_no_url_is_refused(text: str) -> None:
         read_url(text)
 
 
+RUNNING = [["shared", 2], ["live", 3], ["ahead", 1]]
+PARKED = [["parked", 3]]
 FRAME: dict[str, Any] = {
     "time": 0.0,
     "state": "running",
