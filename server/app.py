@@ -16,18 +16,20 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import (
     admin_routes,
+    chat_routes,
     completion_routes,
     health_routes,
     metrics_routes,
     model_routes,
     page_map_routes,
     page_routes,
+    response_routes,
     tokenization_routes,
 )
 from .access import AccessMiddleware
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
-from .errors import install_error_handlers
+from .errors import FailureMiddleware, install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
 from .state import ServerState
 from .stats_log import StatsLog
@@ -74,6 +76,8 @@ def create_app(
         metrics_routes.router,
         model_routes.router,
         completion_routes.router,
+        chat_routes.router,
+        response_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
@@ -82,6 +86,7 @@ def create_app(
     ):
         app.include_router(routes)
     # The last one added is the outermost.
+    app.add_middleware(FailureMiddleware)
     app.add_middleware(BodyMiddleware, config=state.config)
     app.add_middleware(AuthMiddleware, config=state.config)
     if state.config.allowed_origins:

@@ -23,7 +23,7 @@ ARGUMENTS = (
 WAIT_MS = 60_000
 KEY = "a-key"
 SMALL = ("--kv-cache-memory-bytes", str(32 << 20), "--max-num-seqs", "8")
-PROMPT = "def quicksort(items):"
+PROMPT = "class Stack:"
 
 # Pixels of the map in the colour that the legend says live pages have.
 LIVE_PIXELS = """() => {
@@ -288,10 +288,10 @@ def test_everything_can_be_done_by_keyboard(open_page: Open) -> None:
     stops = tab_stops(visit, until="prompt")
     assert stops[0] == "skip"
     assert {"theme", "mode", "clear", "output"} <= set(stops)
-    page.keyboard.type("class Stack:")
+    page.keyboard.type("import os")
     page.keyboard.press("Shift+Enter")
-    page.keyboard.type("    pass")
-    assert page.locator("#prompt").input_value() == "class Stack:\n    pass"
+    page.keyboard.type("import sys")
+    assert page.locator("#prompt").input_value() == "import os\nimport sys"
     page.keyboard.press("Enter")
     visit.until("() => document.querySelector('.turn .text')?.textContent.length > 60")
     tab_stops(visit, until="map")
@@ -398,7 +398,7 @@ def test_what_the_server_refuses_is_said_in_words(open_page: Open) -> None:
     visit.set(temperature=0, max_tokens=8)
     visit.page.press("#prompt", "Enter")
     visit.wait_until_idle()
-    visit.until("() => document.querySelector('.turn .text')?.textContent.length > 22")
+    visit.until("() => document.querySelector('.turn .text')?.textContent.length > 13")
     assert error.is_hidden()
     visit.check("status of 400")
 
@@ -418,7 +418,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, open_page: Open) 
         visit.wait_for_state("Running")
         assert visit.page.locator("#model-name").text_content() == "demo"
         visit.send(PROMPT)
-        visit.until("() => document.querySelector('.turn .text')?.textContent.length > 22")
+        visit.until("() => document.querySelector('.turn .text')?.textContent.length > 13")
         visit.wait_until_idle()
         assert KEY in visit.page.evaluate("JSON.stringify({...sessionStorage})")
         assert KEY not in visit.page.evaluate("JSON.stringify({...localStorage}) + document.cookie")
@@ -449,7 +449,7 @@ def test_the_stream_of_page_maps_comes_back_after_a_drop(open_page: Open) -> Non
             "#max_tokens"
         ).is_visible() else None
         visit.send(PROMPT)
-        visit.until("() => document.querySelector('.turn .text')?.textContent.length > 22")
+        visit.until("() => document.querySelector('.turn .text')?.textContent.length > 13")
         visit.wait_until_idle()
         visit.check("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "Failed to load")
         visit.context.close()
