@@ -1,4 +1,4 @@
-"""A real server on a free port, in a thread of the test's process, and the same engine offline."""
+"""A real server on a free port, in a thread of the test's process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import httpx
-import pytest
 import uvicorn
 
-from vmalloc.engine import LLM, AsyncLLMEngine, EngineConfig, LLMEngine, load_engine
+from vmalloc.engine import AsyncLLMEngine, EngineConfig, LLMEngine, load_engine
 from vmalloc.server.app import create_app
 from vmalloc.server.config import ServerConfig
 from vmalloc.server.run import listen
@@ -48,7 +47,7 @@ class RunningServer:
         )
         self.state = ServerState(engine, config, model="demo", created=int(time.time()))
         self._listener = listen(config)
-        self.url = "http://127.0.0.1:{}".format(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_started = threading.Event()
@@ -79,8 +78,9 @@ class RunningServer:
         self._has_started.set()
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        """POST JSON."""
-        return self.http.post(path, json=body)
+        """POST JSON, in ASCII: half a surrogate pair is sent as it is."""
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers=headers)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """The answer of ``/v1/completions``, which must be a good one."""
@@ -118,19 +118,3 @@ class RunningServer:
         self._thread.join(DEADLINE_SECONDS)
         assert not self._thread.is_alive()
         self._listener.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    """A server; at the end nothing may run in it."""
-    running = RunningServer()
-    yield running
-    running.wait_idle()
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    """The same model and settings without a server."""
-    with LLM("demo", **SETTINGS) as offline:
-        yield offline
