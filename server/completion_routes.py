@@ -18,6 +18,7 @@ from .completions import CompletionEncoder, CompletionPlan, whole_answer
 from .errors import ApiError
 from .fingerprint import system_fingerprint
 from .generation import EventStream, generate, new_id, server_state
+from .json_body import JsonRoute
 from .logprobs import LogprobFormat
 from .model_routes import check_model
 from .protocol.completions import CompletionRequest, CompletionResponse
@@ -26,7 +27,7 @@ from .sampling import check_room, sampling_params, value
 from .state import ServerState
 from .vocabulary import Vocabulary
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses={**GENERATION_ERRORS})

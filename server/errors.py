@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import (
     ConfigError,
@@ -42,11 +43,15 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     499: "request_aborted",
     504: "timeout_error",
 }
 _NAMED = re.compile(r"([a-z][a-z0-9_]*) (?:is|has|holds) ")
+_GRAMMAR_PLACE = re.compile(r"^at \d+\(\d+\): | 1 \| .*$", re.DOTALL)
+"""Where in a grammar a mistake is."""
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -97,6 +102,11 @@ class ApiError(Exception):
         return Response(self.encode(), self.status, self.headers, "application/json")
 
 
+def invalid_field(name: str, what: str) -> ApiError:
+    """A field with a value that it cannot have, e.g. ``what="is 3 without stream"``."""
+    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told about an exception; details of our own mistakes stay in the log."""
     if isinstance(error, ApiError):
@@ -123,9 +133,50 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
 
 
+def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiError:
+    """A refusal by the engine, in the words of a request whose fields have names of their own.
+
+    A form that was made of a field is not quoted: its client never saw it.
+    """
+    failure = as_api_error(error)
+    name = failure.param
+    if name is None or name not in field_names:
+        return failure
+    failure.param = field_names[name]
+    _, refused, reason = failure.message.partition("; it cannot be compiled: ")
+    if refused:
+        reason = _GRAMMAR_PLACE.sub("", reason)
+        failure.message = f"{failure.param} has a form that cannot be enforced: {reason}"
+    else:
+        failure.message = failure.param + failure.message.removeprefix(name)
+    return failure
+
+
 def kv_exhausted(message: str) -> ApiError:
     """A request that the engine ended as the KV cache cannot hold it."""
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
+
+
+class FailureMiddleware:
+    """Answers what nobody expected, inside of what names and counts responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if scope["type"] != "http" or has_started:
+                raise
+            await as_api_error(error).response()(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -141,7 +192,6 @@ def install_error_handlers(app: FastAPI) -> None:
         EngineUnavailableError,
         RequestTimeoutError,
         RequestAbortedError,
-        Exception,
     ):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnectedError, _answer_nobody)

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -31,6 +30,8 @@ from ..engine import (
 )
 from .app import create_app
 from .config import ServerConfig
+from .connection import MAX_HEAD_BYTES, Connection
+from .logs import setup_logs
 from .state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ BACKLOG = 2048
 FLUSH_SECONDS = 5
 """Time that answers which are ready get to reach their clients when the server ends."""
 
+END_SECONDS = 5.0
+"""Time that the engine gets to end a step when the server is told to end at once."""
+
 
 def serve(
     model: str,
@@ -53,10 +57,11 @@ def serve(
     """Serve a model until SIGTERM or SIGINT; the exit code.
 
     A first signal drains: new requests get 503, running ones end, up to ``shutdown_timeout_s``. A
-    second one ends at once.
+    second one ends at once, with the exit code 1 as requests may be lost.
 
     Raises ``ConfigError`` where nothing can listen, and for a model or setting that cannot work.
     """
+    setup_logs(server_config.log_format)
     listener = listen(server_config)
     phases = StartupPhases(on_finished=_log_phase)
     engine = AsyncLLMEngine(
@@ -76,9 +81,14 @@ def serve(
             Path(server_config.uds).unlink(missing_ok=True)
     if isinstance(server.start_error, VmallocError):
         raise server.start_error
-    if server.start_error is not None or engine.failure is not None:
-        return EXIT_FAILED
-    return EXIT_OK
+    is_clean = server.start_error is None and engine.failure is None and not server.force_exit
+    code = EXIT_OK if is_clean else EXIT_FAILED
+    if not engine.end(END_SECONDS):
+        # It loads or hangs in a step, and Python would take itself apart under it.
+        logger.warning("the engine is in the middle of something; the process ends without it")
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 class DrainingServer(uvicorn.Server):
@@ -99,7 +109,11 @@ class DrainingServer(uvicorn.Server):
                 lifespan="on",
                 server_header=False,
                 backlog=BACKLOG,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
+                http=Connection,
+                loop="asyncio",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                # Only for what ``_abort_connections`` did not end.
+                timeout_graceful_shutdown=2 * FLUSH_SECONDS,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )
@@ -113,6 +127,8 @@ class DrainingServer(uvicorn.Server):
         """Drain at the first signal; end at once at the second."""
         if self._loop is None or self._state.is_draining:
             self.should_exit = self.force_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._abort_connections)
             return
         self._state.is_draining = True
         self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
@@ -122,6 +138,17 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         for address in _addresses(self._state.config, sockets or []):
             logger.info("listening on %s", address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A client that never reads its answer does not keep the server.
+        assert self._loop is not None
+        self._loop.call_later(FLUSH_SECONDS, self._abort_connections)
+        await super().shutdown(sockets)
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.abort()
 
     def _start_to_drain(self, signal_name: str) -> None:
         engine = self._state.engine
@@ -209,10 +236,3 @@ def _addresses(config: ServerConfig, sockets: list[socket.socket]) -> list[str]:
 
 def _log_phase(phase: StartupPhase) -> None:
     logger.info("%s: %.2f s", phase.name, phase.seconds)
-
-
-def setup_basic_logs() -> None:
-    """Log lines for people on stderr."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
