@@ -363,7 +363,7 @@ def test_errors_before_a_stream_have_a_status(demo_server: RunningServer) -> Non
     for body, param in (
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, "logit_bias"),
-        ({"prompt": PROMPT, "guided_regex": "("}, "regex"),
+        ({"prompt": PROMPT, "guided_regex": "("}, "guided_regex"),
     ):
         response = demo_server.post("/v1/completions", stream=True, **body)
         assert response.status_code == 400
@@ -402,3 +402,23 @@ def test_a_client_that_leaves_ends_its_request(demo_server: RunningServer, strea
     assert after.num_steps - before.num_steps < LONG["max_tokens"] - 100
     assert demo_server.on_engine(lambda engine: engine.kv_stats().num_live_seqs) == 0
     assert demo_server.state.engine.num_live == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_without_a_text_is_the_requests_fault(
+    demo_server: RunningServer, stream: bool
+) -> None:
+    response = demo_server.post(
+        "/v1/completions", prompt=PROMPT, guided_json={"$ref": "#"}, stream=stream
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "cannot_generate"
+
+
+def test_tokens_are_sent_at_once(demo_server: RunningServer) -> None:
+    """Not collected until the client acknowledged those before: Nagle's algorithm is off."""
+    demo_server.complete(prompt=PROMPT, max_tokens=1)
+    connections = demo_server.connections()
+    assert connections
+    for connection in connections:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

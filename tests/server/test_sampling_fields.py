@@ -187,7 +187,26 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
     ({"guided_json": 5}, "guided_json"),
-    ({"guided_json": "{"}, "json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_json": {"type": "x"}}, "guided_json"),
+    ({"guided_json": {"enum": ["a" * 70_000]}}, "guided_json"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_regex": "a" * 70_000}, "guided_regex"),
+    ({"guided_grammar": "?"}, "guided_grammar"),
+    ({"guided_choice": ["a"] * 1025}, "guided_choice"),
+    ({"guided_choice": ["a" * 1000] * 70}, "guided_choice"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "x"}},
+            }
+        },
+        "response_format.json_schema.schema",
+    ),
+    ({"stop": "\ud800"}, "stop"),
     ({"guided_choice": []}, "guided_choice"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     (
@@ -274,6 +293,7 @@ def test_accepted_fields_change_nothing(demo_server: RunningServer) -> None:
 
 def test_a_million_wrong_entries_are_one_error() -> None:
     for fields in (
+        {"prompt": PROMPT, "structured_outputs": {"choice": [1] * 1_000_000}},
         {str(idx): 1 for idx in range(1_000_000)},
         {"prompt": ["a"] * 1_000_000},
         {"prompt": PROMPT, "stop_token_ids": ["a"] * 1_000_000},
