@@ -9,11 +9,14 @@ JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo test check format asan tsan fakecuda mutations soak bench bench-gpu clean build
+.PHONY: demo serve test check format asan tsan fakecuda mutations soak bench bench-gpu clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
 		--max-tokens 96 --temperature 0.6 --top-p 0.95 --seed 1
+
+serve: build
+	$(BIN)/vmalloc serve demo
 
 # One torch thread a worker: two workers with two threads each would fight for two cores.
 test: build

@@ -138,6 +138,7 @@ py::dict stats_dict(KVArena& arena) {
   result["reserved_bytes"] = stats.reserved_bytes;
   result["page_bytes"] = stats.page_bytes;
   result["cached_pages"] = stats.pool.num_cached;
+  result["held_pages"] = stats.pool.num_held;
   result["shared_refs"] = stats.pool.num_extra;
   result["live_bytes"] = stats.live_bytes;
   result["logical_bytes"] = stats.logical_bytes;
@@ -163,6 +164,44 @@ py::dict stats_dict(KVArena& arena) {
   result["live_byte_steps"] = stats.live_byte_steps;
   result["committed_byte_steps"] = stats.committed_byte_steps;
   result["worker_error"] = stats.worker_error;
+  return result;
+}
+
+const char* kind_name(PageKind kind) {
+  switch (kind) {
+    case PageKind::kLive:
+      return "live";
+    case PageKind::kShared:
+      return "shared";
+    case PageKind::kAhead:
+      return "ahead";
+    case PageKind::kParked:
+      return "parked";
+    case PageKind::kRetired:
+      return "retired";
+  }
+  throw InvariantError("a page has a kind without a name");
+}
+
+/// [(slot, per region [(kind, num_pages), ...]), ...]
+py::list page_map_list(KVArena& arena) {
+  std::vector<SlotMap> map;
+  {
+    const py::gil_scoped_release release;
+    map = arena.page_map();
+  }
+  py::list result;
+  for (const SlotMap& slot : map) {
+    py::list regions;
+    for (const std::vector<PageRun>& runs : slot.regions) {
+      py::list region;
+      for (const PageRun& run : runs) {
+        region.append(py::make_tuple(kind_name(run.kind), run.num_pages));
+      }
+      regions.append(region);
+    }
+    result.append(py::make_tuple(slot.slot, regions));
+  }
   return result;
 }
 
@@ -448,6 +487,7 @@ void bind_arena(py::module_& m) {
            py::arg("cached") = std::vector<PageId>{}, NoGil())
       .def("close", &KVArena::close, NoGil())
       .def("stats", &stats_dict)
+      .def("page_map", &page_map_list)
       .def_property_readonly("num_regions", &KVArena::num_regions)
       .def(
           "region_row_bytes",

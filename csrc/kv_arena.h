@@ -23,6 +23,7 @@
 #include "fork_guard.h"
 #include "idle_slots.h"
 #include "layer_group.h"
+#include "page_map.h"
 #include "page_pool.h"
 #include "region.h"
 #include "slot.h"
@@ -175,6 +176,11 @@ class KVArena {
   void check_open() const { static_cast<void>(enter()); }  ///< Throws ClosedError.
   [[nodiscard]] std::size_t num_regions() const { return regions_.size(); }
   [[nodiscard]] ArenaStats stats();
+  /// Every slot that maps pages. Once the worker has nothing to do, counted over all of them:
+  ///   live + shared - shared_refs + held == committed, ahead == ahead, parked == parked
+  /// with what stats() says on the right, shared_refs = pool.num_extra, held = pool.num_held. A
+  /// retired page counts once for each slot that still maps it, also if it is in use elsewhere.
+  [[nodiscard]] std::vector<SlotMap> page_map();
   void wait_worker();  ///< Until the worker has nothing to do.
   /// `cached`: all pages that the prefix index refers to, as often as it does.
   void check_invariants(const std::vector<PageId>& cached = {});
@@ -299,6 +305,7 @@ class KVArena {
   [[nodiscard]] Lock enter() const;
   void check_slot(std::uint32_t slot) const;
   void check_pages(const Slot& slot, std::size_t region) const;
+  [[nodiscard]] std::vector<PageRun> page_runs(const Slot& slot, std::size_t region) const;
 
   std::shared_ptr<Driver> driver_;
   ArenaConfig config_;

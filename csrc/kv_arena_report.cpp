@@ -62,6 +62,47 @@ ArenaStats KVArena::stats() {
   return stats;
 }
 
+std::vector<SlotMap> KVArena::page_map() {
+  const Lock lock = enter();
+  std::vector<SlotMap> map;
+  for (std::uint32_t id = 0; id < slots_.size(); ++id) {
+    const Slot& slot = slots_[id];
+    const bool has_pages =
+        std::any_of(slot.regions.begin(), slot.regions.end(),
+                    [](const SlotPages& mapped) { return !mapped.pages.empty(); });
+    if (!has_pages) continue;
+    SlotMap entry{id, {}};
+    for (std::size_t r = 0; r < regions_.size(); ++r) entry.regions.push_back(page_runs(slot, r));
+    map.push_back(std::move(entry));
+  }
+  return map;
+}
+
+/// The pages of one slot in one region, neighbours of a kind together.
+std::vector<PageRun> KVArena::page_runs(const Slot& slot, std::size_t region) const {
+  const SlotPages& mapped = slot.regions[region];
+  const std::size_t num_held = mapped.num_held();
+  // A slot that is being admitted has no row yet, and what it maps counts as ahead.
+  const bool is_live = slot.state == SlotState::kLive;
+  const std::size_t num_needed =
+      is_live ? std::min(pages_needed(region, slot.committed_rows()), num_held) : 0;
+  const std::size_t num_shared = std::min(mapped.num_shared, num_needed);
+  std::vector<PageRun> runs;
+  const auto add = [&runs](PageKind kind, std::size_t num_pages) {
+    if (num_pages == 0) return;
+    if (runs.empty() || runs.back().kind != kind) runs.push_back({kind, 0});
+    runs.back().num_pages += num_pages;
+  };
+  for (const bool is_shared : pool_.has_extra(mapped.pages.data(), num_shared)) {
+    add(is_shared ? PageKind::kShared : PageKind::kLive, 1);
+  }
+  add(PageKind::kLive, num_needed - num_shared);
+  const bool is_idle = slot.state == SlotState::kIdle;
+  add(is_idle ? PageKind::kParked : PageKind::kAhead, num_held - num_needed);
+  add(PageKind::kRetired, mapped.pages.size() - num_held);
+  return runs;
+}
+
 std::size_t KVArena::last_shortage() {
   const Lock lock = enter();
   return shortage_;

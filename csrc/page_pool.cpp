@@ -276,6 +276,13 @@ std::uint32_t PagePool::num_live(PageId page) const {
   return page < pages_.size() ? pages_[page].live : 0;
 }
 
+std::vector<bool> PagePool::has_extra(const PageId* pages, std::size_t num_pages) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<bool> result(num_pages);
+  for (std::size_t i = 0; i < num_pages; ++i) result[i] = pages_[pages[i]].live > 1;
+  return result;
+}
+
 std::uint32_t PagePool::num_users(PageId page) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return page < pages_.size() ? pages_[page].live + pages_[page].held : 0;

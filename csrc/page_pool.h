@@ -66,6 +66,8 @@ class PagePool {
   [[nodiscard]] bool is_shared(PageId page, bool is_retired) const;
   [[nodiscard]] bool is_in_use(PageId page) const;  ///< It has a reference that is not retired.
   [[nodiscard]] std::uint32_t num_live(PageId page) const;
+  /// Whether several live references to the page exist, for each of `num_pages` pages.
+  [[nodiscard]] std::vector<bool> has_extra(const PageId* pages, std::size_t num_pages) const;
   /// Live and held references.
   [[nodiscard]] std::uint32_t num_users(PageId page) const;
 

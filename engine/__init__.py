@@ -18,6 +18,7 @@ if "torch" not in sys.modules:
 from ..backend import KVCacheStats, PrefixCacheStats
 from ..config import KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError, VmallocError
+from ..page_map import PAGE_KINDS, PageMap, PageRun, SlotPages
 from .async_engine import AsyncLLMEngine, EngineRequest, EngineState
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot
@@ -36,9 +37,12 @@ from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
 from .startup import StartupPhase, StartupPhases
+from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
     "LLM",
+    "PAGE_KINDS",
+    "STEP_TOKEN_BOUNDS",
     "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
@@ -52,6 +56,8 @@ __all__ = [
     "LLMEngine",
     "LayerKVSpec",
     "Logprob",
+    "PageMap",
+    "PageRun",
     "PrefixCacheStats",
     "QueueFullError",
     "RequestAbortedError",
@@ -62,9 +68,11 @@ __all__ = [
     "RequestTimeoutError",
     "SamplingParams",
     "SchedulerStats",
+    "SlotPages",
     "StartupPhase",
     "StartupPhases",
     "StructuredOutputsParams",
+    "TokenStats",
     "UnsupportedModelError",
     "VmallocError",
     "load_engine",

@@ -122,7 +122,6 @@ def _device_limit(
     """Bytes of KV that a GPU has room for; None on the CPU, and where the settings say."""
     if device.type == "cpu" or config.kv_cache_memory_bytes is not None:
         return None
-    graph_bytes = 0 if config.enforce_eager else GRAPH_BYTES * len(_sizes(config))
     run = partial(
         run_largest_step,
         model,
@@ -130,7 +129,12 @@ def _device_limit(
         num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
     )
-    return kv_capacity(measure_use(run, device, graph_bytes), config.gpu_memory_utilization)
+    return kv_capacity(measure_use(run, device, graph_bytes(config)), config.gpu_memory_utilization)
+
+
+def graph_bytes(config: EngineConfig) -> int:
+    """What is set aside on a GPU for the CUDA graphs of decodes."""
+    return 0 if config.enforce_eager else GRAPH_BYTES * len(_sizes(config))
 
 
 def _sizes(config: EngineConfig) -> tuple[int, ...]:

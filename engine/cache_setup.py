@@ -78,30 +78,33 @@ def resolve_config(
     )
 
 
+def cache_config(config: EngineConfig, layers: tuple[LayerKVSpec, ...]) -> KVCacheConfig:
+    """What a resolved config says of the KV cache; device and driver are left to the factory."""
+    assert config.max_model_len is not None
+    assert config.kv_cache_memory_bytes is not None
+    assert config.swap_space_bytes is not None
+    return KVCacheConfig(
+        layers=layers,
+        max_num_seqs=config.max_num_seqs,
+        max_seq_len=config.max_model_len,
+        capacity_bytes=config.kv_cache_memory_bytes,
+        page_bytes=config.page_size,
+        layers_per_group=config.layers_per_group,
+        commit_ahead_tokens=config.commit_ahead_tokens,
+        block_size=config.block_size,
+        prefix_caching=config.enable_prefix_caching,
+        swap_bytes=config.swap_space_bytes,
+        commit_policy=config.commit_policy,
+    )
+
+
 def create_cache(
     config: EngineConfig, probed: ProbedModel, caches: CacheFactory
 ) -> tuple[KVBackend, AttentionKernels]:
     """The KV cache of a resolved config, and kernels over it. A cap below one full-length sequence
     only warns."""
+    backend, kernels = caches.make(cache_config(config, probed.layers), probed.num_heads)
     assert config.max_model_len is not None
-    assert config.kv_cache_memory_bytes is not None
-    assert config.swap_space_bytes is not None
-    backend, kernels = caches.make(
-        KVCacheConfig(
-            layers=probed.layers,
-            max_num_seqs=config.max_num_seqs,
-            max_seq_len=config.max_model_len,
-            capacity_bytes=config.kv_cache_memory_bytes,
-            page_bytes=config.page_size,
-            layers_per_group=config.layers_per_group,
-            commit_ahead_tokens=config.commit_ahead_tokens,
-            block_size=config.block_size,
-            prefix_caching=config.enable_prefix_caching,
-            swap_bytes=config.swap_space_bytes,
-            commit_policy=config.commit_policy,
-        ),
-        probed.num_heads,
-    )
     if backend.max_seq_tokens() < config.max_model_len:
         logger.warning(
             "the KV cap of %d bytes holds %d tokens of one sequence, less than max_model_len, %d; "

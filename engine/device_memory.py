@@ -82,6 +82,25 @@ def run_largest_step(
 
     Raises ``ConfigError`` if the device has no memory for it.
     """
+    try:
+        logits = largest_logits(
+            model, num_tokens=num_tokens, num_seqs=num_seqs, max_model_len=max_model_len
+        )
+        draw(logits)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"max_num_batched_tokens is {num_tokens}; a step of so many does not fit "
+            f"{next(model.parameters()).device} beside the weights: {error}"
+        ) from error
+
+
+def largest_logits(
+    model: torch.nn.Module, *, num_tokens: int, num_seqs: int, max_model_len: int
+) -> Tensor:
+    """Float32 logits ``[num_seqs, vocab_size]`` of a forward pass of ``num_tokens`` rows.
+
+    Attention, which is switched to ours, answers with zeros.
+    """
     any_model: Any = model
     device = next(model.parameters()).device
     rows = torch.arange(min(num_tokens, num_seqs), device=device)
@@ -96,18 +115,12 @@ def run_largest_step(
     def attend(call: AttentionCall) -> Tensor:
         return call.query.new_zeros(*call.query.shape[:2], call.value.shape[2])
 
-    try:
-        with attention_through(attend):
-            logits = any_model(**arguments).logits
-        _draw(logits[0, : len(rows)].float())
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"max_num_batched_tokens is {num_tokens}; a step of so many does not fit {device} "
-            f"beside the weights: {error}"
-        ) from error
+    with attention_through(attend):
+        logits: Tensor = any_model(**arguments).logits
+    return logits[0, : len(rows)].float()
 
 
-def _draw(logits: Tensor) -> None:
+def draw(logits: Tensor) -> None:
     """The sampling that takes most memory: float64 sums over sorted probabilities."""
     params = SamplingParams(temperature=1.0, top_k=max(1, logits.shape[1] // 2), top_p=0.9)
     seqs = [Sequence(idx, "", [0], params, max_tokens=1) for idx in range(len(logits))]

@@ -18,6 +18,7 @@ from ..backend import KVCacheStats, PrefixCacheStats
 from .llm_engine import LLMEngine
 from .outputs import RequestOutput
 from .schedule import SchedulerStats
+from .token_counts import TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class EngineSnapshot:
 
     Attributes:
         time: seconds of ``time.monotonic()``.
-        scheduler, kv, prefix: its counters.
+        scheduler, kv, prefix, tokens: its counters.
         num_steps: steps so far.
         last_step_time: when the last one ended, in seconds of ``time.monotonic()``; None: none yet.
         is_asleep: whether its memory was given back for now.
@@ -51,6 +52,7 @@ class EngineSnapshot:
     scheduler: SchedulerStats
     kv: KVCacheStats
     prefix: PrefixCacheStats
+    tokens: TokenStats
     num_steps: int
     last_step_time: float | None
     is_asleep: bool
@@ -250,6 +252,7 @@ class EngineThread:
             scheduler=engine.stats(),
             kv=engine.kv_stats(),
             prefix=engine.prefix_stats(),
+            tokens=engine.token_stats(),
             num_steps=self._num_steps,
             last_step_time=self._last_step_time,
             is_asleep=engine.is_asleep,

@@ -21,6 +21,7 @@ from .scheduler import Scheduler
 from .sequence import Sequence
 from .sequence_group import SequenceGroup
 from .stop import check_stop, complete_text
+from .token_counts import TokenCounts
 from .transfer import take_rows
 
 
@@ -63,6 +64,9 @@ class Generation:
         scheduler: told what was computed and what ended.
         tokenizer: for the text of logprobs, or None.
         new_seq_id: names the sequences of requests that have several.
+
+    Attributes:
+        tokens: what is counted as steps go by.
     """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any, new_seq_id: Callable[[], int]) -> None:
@@ -70,9 +74,14 @@ class Generation:
         self._tokenizer = tokenizer
         self._new_seq_id = new_seq_id
         self._decoded_tokens: dict[int, str] = {}
+        self.tokens = TokenCounts()
 
     def advance(
-        self, batch: ScheduledBatch, logits: Tensor, ended: list[SequenceGroup]
+        self,
+        batch: ScheduledBatch,
+        logits: Tensor,
+        ended: list[SequenceGroup],
+        started: float,
     ) -> list[SequenceGroup]:
         """Append tokens; returns the groups that have something new.
 
@@ -81,6 +90,7 @@ class Generation:
                 row of ``scored_prompts(batch)`` included.
             ended: takes the groups that end here, also if this raises. Sequences without a new
                 token are then as if their last one was never run.
+            started: when the step began, in seconds of ``time.monotonic()``.
         """
         ends, scored = self._read(batch, logits)
         sampled = None
@@ -97,24 +107,33 @@ class Generation:
             self._scheduler.complete(batch)
             for part in batch.groups:
                 if part.group.metrics.first_scheduled_time is None:
-                    part.group.metrics.first_scheduled_time = now
+                    part.group.metrics.first_scheduled_time = started
             for group, entries in scored:
                 self._name_candidates(entries)
                 assert group.prompt_logprobs is not None
                 group.prompt_logprobs.extend(entries)
             for group in ends.groups:
-                if group.metrics.first_token_time is None and group.root.max_tokens != 0:
-                    group.metrics.first_token_time = now
+                self._note_time(group, now)
             if sampled is not None:
                 self._append_all(ends, sampled)
             for group, own_logits, scores, error in beams:
                 if error is None:
+                    self.tokens.note_generated(len(group.active))
                     error = advance_beams(group, own_logits, scores, self._name_candidates)
                 if error is not None:
                     _fail(group, error)
         finally:
             self._settle(ends.groups, ended)
         return ends.groups
+
+    def _note_time(self, group: SequenceGroup, now: float) -> None:
+        """The end of its prompt was computed, or of what it wrote since."""
+        metrics = group.metrics
+        if metrics.first_token_time is None:
+            self.tokens.note_prompt(len(group.prompt_token_ids))
+        if group.root.max_tokens != 0:
+            metrics.first_token_time = metrics.first_token_time or now
+            metrics.last_token_time = now
 
     def _read(self, batch: ScheduledBatch, logits: Tensor) -> tuple[_Ends, _Scored]:
         """Who gets a token from which row, and the scores of prompt tokens."""
@@ -171,6 +190,7 @@ class Generation:
                 seq.logprobs.append(logprobs)
                 seq.cumulative_logprob += logprobs[token_id].logprob
             check_stop(seq)
+            self.tokens.note_generated(1)
         except BaseException:
             if not seq.is_finished:
                 del seq.token_ids[num_tokens:]

@@ -16,6 +16,7 @@ import torch
 
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
+from ..page_map import PageMap
 from .assembly import assemble
 from .compute_stream import StepTimer, current_stream_handle
 from .config import EngineConfig
@@ -30,6 +31,7 @@ from .schedule import ScheduledBatch, SchedulerStats
 from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
 from .startup import StartupPhases
+from .token_counts import TokenStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,10 +153,25 @@ class LLMEngine:
         """What the prefix cache did so far."""
         return self._backend.prefix_stats()
 
+    def page_map(self) -> PageMap:
+        """The pages of every slot, with the requests they belong to; while it sleeps too."""
+        self._check_open()
+        request_of = {
+            seq.seq_id: group.request_id
+            for group in self._requests.values()
+            for seq in group.seqs
+            if seq.has_kv
+        }
+        return self._backend.page_map().with_requests(request_of)
+
     def is_started(self, request_id: str) -> bool:
         """Whether a request got into a step, or is not live any more."""
         group = self._requests.get(request_id)
         return group is None or group.metrics.first_scheduled_time is not None
+
+    def token_stats(self) -> TokenStats:
+        """Tokens of prompts, written and computed so far."""
+        return self._generation.tokens.stats()
 
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` has work."""
@@ -222,10 +239,11 @@ class LLMEngine:
         self._check_awake()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
+        started = time.monotonic()
         logits = self._compute(batch)
         to_report = list(self._ended)
         if logits is not None:
-            to_report.extend(self._generation.advance(batch, logits, self._ended))
+            to_report.extend(self._generation.advance(batch, logits, self._ended, started))
         for num_tokens, seconds in self._timer.take_finished():
             self._scheduler.cost.observe_prefill(num_tokens, seconds)
         now = time.monotonic()
@@ -346,6 +364,7 @@ class LLMEngine:
             if not batch.seqs:
                 return None
             counts = batch.num_new_tokens
+            self._generation.tokens.note_step(sum(counts))
             self._timer.start()
             logits = self._runner.forward(batch.seqs, counts, scored_prompts(batch))
             if max(counts) > 1:

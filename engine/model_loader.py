@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VmallocError
 from .devices import check_dtype, module_device
 from .errors import UnsupportedModelError
 
@@ -36,13 +36,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
     bfloat16. Raises ``ConfigError`` if nothing is there, or it does not fit the device, and
     ``UnsupportedModelError`` if it is no decoder.
     """
-    config, is_local = _load_config(name)
-    torch_dtype = _DTYPES.get(dtype) or automatic_dtype(config, device)
-    check_dtype(torch_dtype, device)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            name, "architecture", f"{type(config).__name__} is an encoder-decoder"
-        )
+    config, is_local, torch_dtype = _read_config(name, dtype, device)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -51,10 +45,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
-        if "Unrecognized configuration class" in str(error):
-            reason = f"{type(config).__name__} has no causal language model in transformers"
-            raise UnsupportedModelError(name, "architecture", reason) from error
-        raise ConfigError(f"model is {name!r}; it cannot be loaded: {error}") from error
+        raise _loading_error(name, config, error) from error
     _check_weights(name, loading)
     module: torch.nn.Module = model
     try:
@@ -64,6 +55,40 @@ def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
         raise ConfigError(
             f"model is {name!r}; its {num_bytes} bytes of weights do not fit {device}: {error}"
         ) from error
+
+
+def outline_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
+    """The model that ``load_model`` would load for ``device``, without its weights.
+
+    Its tensors are on torch's ``"meta"`` device: they have shapes and no memory, so this takes
+    milliseconds for any size. Raises as ``load_model`` does, but for what only weights can tell.
+    """
+    config, _, torch_dtype = _read_config(name, dtype, device)
+    try:
+        with torch.device("meta"):
+            module: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    except Exception as error:
+        raise _loading_error(name, config, error) from error
+    return module.eval()
+
+
+def _read_config(name: str, dtype: str, device: torch.device) -> tuple[Any, bool, torch.dtype]:
+    """The model's config, whether it came from local files, and the type to compute in."""
+    config, is_local = _load_config(name)
+    torch_dtype = _DTYPES.get(dtype) or automatic_dtype(config, device)
+    check_dtype(torch_dtype, device)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            name, "architecture", f"{type(config).__name__} is an encoder-decoder"
+        )
+    return config, is_local, torch_dtype
+
+
+def _loading_error(name: str, config: Any, error: Exception) -> VmallocError:
+    if "Unrecognized configuration class" in str(error):
+        reason = f"{type(config).__name__} has no causal language model in transformers"
+        return UnsupportedModelError(name, "architecture", reason)
+    return ConfigError(f"model is {name!r}; it cannot be loaded: {error}")
 
 
 def automatic_dtype(config: Any, device: torch.device) -> torch.dtype:

@@ -57,10 +57,11 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: ``add_request`` accepted it.
-        first_scheduled_time: its first tokens entered a step.
+        first_scheduled_time: its first step began.
         first_token_time: its first token was sampled.
         finished_time: it ended.
         num_preemptions: times it gave up its memory, to swap space or to be computed again.
+        last_token_time: its latest token was sampled.
     """
 
     arrival_time: float
@@ -68,6 +69,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    last_token_time: float | None = None
 
 
 @dataclass(slots=True)

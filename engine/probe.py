@@ -71,6 +71,19 @@ def probe_model(model: torch.nn.Module, caches: CacheFactory) -> ProbedModel:
     return ProbedModel(layers, num_heads, max_error)
 
 
+def observe_outline(model: torch.nn.Module) -> tuple[tuple[LayerKVSpec, ...], int]:
+    """What each layer of a model on the meta device would store, and its query heads.
+
+    Makes those checks of the probe that need no weights, and raises ``UnsupportedModelError`` as it
+    does. Leaves the model with our attention switched on.
+    """
+    any_model: Any = model
+    register_attention()
+    _check_architecture(any_model)
+    _switch_attention(any_model, ATTENTION_NAME)
+    return _observe_layers(any_model)
+
+
 def own_attention(model: torch.nn.Module) -> str | None:
     """Name of the attention a model has of its own, to be restored later."""
     any_model: Any = model

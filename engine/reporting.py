@@ -94,4 +94,5 @@ def _copy_metrics(metrics: RequestMetrics) -> RequestMetrics:
         metrics.first_token_time,
         metrics.finished_time,
         metrics.num_preemptions,
+        metrics.last_token_time,
     )

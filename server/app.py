@@ -19,15 +19,20 @@ from . import (
     chat_routes,
     completion_routes,
     health_routes,
+    metrics_routes,
     model_routes,
+    page_map_routes,
+    page_routes,
     response_routes,
     tokenization_routes,
 )
+from .access import AccessMiddleware
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
 from .state import ServerState
+from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +49,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.engine.start()
-        start = asyncio.create_task(_finish_start(state, on_started))
+        tasks = [asyncio.create_task(_finish_start(state, on_started))]
+        if state.config.log_stats:
+            tasks.append(asyncio.create_task(StatsLog(state.engine).run()))
         try:
             yield
         finally:
-            start.cancel()
+            for task in tasks:
+                task.cancel()
             await state.close()
 
     app = FastAPI(
@@ -65,6 +73,7 @@ def create_app(
     install_error_handlers(app)
     for routes in (
         health_routes.router,
+        metrics_routes.router,
         model_routes.router,
         completion_routes.router,
         chat_routes.router,
@@ -72,6 +81,8 @@ def create_app(
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
+        page_map_routes.router,
+        page_routes.router,
     ):
         app.include_router(routes)
     # The last one added is the outermost.
@@ -85,6 +96,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[HEADER, "retry-after"],
         )
+    app.add_middleware(AccessMiddleware, state=state)
     app.add_middleware(RequestIdMiddleware)
     return app
 

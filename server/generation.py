@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from ..engine import ConfigError, EngineRequest, RequestOutput, RequestStream
 from .disconnect import ClientDisconnectedError, run_while_connected
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error, kv_exhausted, renamed_error
+from .logs import log_prompts
+from .request_record import RequestRecord
 from .sse import HEADERS, KEEP_ALIVE
 from .state import ServerState
 
@@ -74,17 +76,29 @@ async def submitted(
     names = [request_id]
     if (client_name := request.headers.get("x-request-id")) is not None:
         names.append(client_name)
+    record = RequestRecord.of(request)
     try:
         stream = await state.engine.submit(
             request_id, requests, timeout_s=state.config.request_timeout_s
         )
-    except ConfigError as error:
-        raise renamed_error(error, field_names) from error
+    except Exception as error:
+        record.reject(error)
+        if isinstance(error, ConfigError):
+            raise renamed_error(error, field_names) from error
+        raise
+    record.accept(request_id, requests)
+    if state.config.log_requests:
+        log_prompts(request_id, requests)
     state.add_stream(stream, *names)
+    ended_by: BaseException | None = None
     try:
         async with stream:
             yield stream
+    except BaseException as error:
+        ended_by = error
+        raise
     finally:
+        record.end(ended_by)
         state.remove_stream(stream, *names)
 
 
@@ -107,8 +121,10 @@ async def generate(
 
     async def work() -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
+        record = RequestRecord.of(request)
         async with submitted(request, request_id, requests, field_names) as stream:
             async for prompt_idx, output in stream:
+                record.add(prompt_idx, output)
                 check_output(output)
                 outputs[prompt_idx] = output
         return [outputs[idx] for idx in range(len(requests))]
@@ -162,7 +178,9 @@ class EventStream(Response):
         async with submitted(
             self._request, self._request_id, self._requests, self._field_names
         ) as stream:
+            record = RequestRecord.of(self._request)
             outputs = await stream.next_outputs(FIRST_EVENT_SECONDS)
+            record.add_all(outputs)
             for _, output in outputs:
                 check_output(output)
             await self._start(send)
@@ -177,6 +195,7 @@ class EventStream(Response):
                 if stream.is_read:
                     break
                 outputs = await stream.next_outputs(keep_alive_s)
+                record.add_all(outputs)
                 if not outputs and not stream.is_read:
                     await self._send(send, [KEEP_ALIVE])
         await self._send(send, self._encoder.finish())

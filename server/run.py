@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -31,6 +30,7 @@ from ..engine import (
 )
 from .app import create_app
 from .config import ServerConfig
+from .logs import setup_logs
 from .state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def serve(
 
     Raises ``ConfigError`` where nothing can listen, and for a model or setting that cannot work.
     """
+    setup_logs(server_config.log_format)
     listener = listen(server_config)
     phases = StartupPhases(on_finished=_log_phase)
     engine = AsyncLLMEngine(
@@ -209,10 +210,3 @@ def _addresses(config: ServerConfig, sockets: list[socket.socket]) -> list[str]:
 
 def _log_phase(phase: StartupPhase) -> None:
     logger.info("%s: %.2f s", phase.name, phase.seconds)
-
-
-def setup_basic_logs() -> None:
-    """Log lines for people on stderr."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )

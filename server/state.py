@@ -6,12 +6,23 @@ Thread-safety: none; one event loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from pathlib import Path
 
-from ..engine import AsyncLLMEngine, ConfigError, EngineUnavailableError, RequestStream
+from .. import __version__
+from ..engine import (
+    AsyncLLMEngine,
+    ConfigError,
+    EngineUnavailableError,
+    LLMEngine,
+    RequestStream,
+)
 from .config import ServerConfig
+from .metrics import ServerMetrics
+from .page_map_feed import PageMapFeed
 from .text import TextProcessor
+from .tracing import RequestTracer
 
 
 class ServerState:
@@ -26,6 +37,9 @@ class ServerState:
         model_names: names that requests may give the model; the first is reported.
         created: when the server started, in seconds of the Unix clock.
         is_draining: whether it is about to end; streams without an end should.
+        metrics: what ``/metrics`` shows.
+        tracer: what makes a span of each request, or None.
+        page_map: the page map for whoever watches it.
     """
 
     def __init__(
@@ -36,6 +50,10 @@ class ServerState:
         self.model_names = config.served_model_names or (model,)
         self.created = created
         self.is_draining = False
+        self.metrics = ServerMetrics(engine, model_name=self.model_name, version=__version__)
+        endpoint = config.otlp_traces_endpoint
+        self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
+        self.page_map = PageMapFeed(engine, self.model_name)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 
@@ -61,6 +79,7 @@ class ServerState:
         """Wait for the engine, and get ready for text. Raises what loading raised."""
         await self.engine.wait_started()
         tokenizer = await self.engine.call(lambda engine: engine.tokenizer)
+        self.metrics.set_cache_info(await self.engine.call(_cache_info))
         path = self.config.chat_template
         try:
             template = None if path is None else Path(path).read_text(encoding="utf-8")
@@ -91,3 +110,25 @@ class ServerState:
         await self.engine.close()
         if self._text is not None:
             self._text.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
+
+
+def _cache_info(engine: LLMEngine) -> dict[str, object]:
+    """Labels of ``vllm:cache_config_info``: vLLM's, where there is such a thing, and our own."""
+    config, cache, stats = engine.config, engine.backend.config, engine.kv_stats()
+    block_bytes = config.block_size * cache.token_bytes
+    return {
+        "block_size": config.block_size,
+        "cache_dtype": cache.layers[0].dtype,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": stats.capacity_bytes,
+        "num_gpu_blocks": stats.capacity_bytes // block_bytes,
+        "kv_backend": engine.backend.name,
+        "page_bytes": stats.page_bytes,
+        "token_bytes": cache.token_bytes,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "kernel": engine.kernel_name,
+    }

@@ -18,11 +18,15 @@ LIBRARY = [
     "KVCacheStats",
     "LayerKVSpec",
     "MISS_REASONS",
+    "PAGE_KINDS",
+    "PageMap",
+    "PageRun",
     "PagedKVCache",
     "PrefixCacheStats",
     "PrefixHit",
     "Reservation",
     "SequenceGroupSpec",
+    "SlotPages",
     "Step",
     "VirtualKVCache",
     "VmallocError",
@@ -45,6 +49,7 @@ BACKEND = [
     "match_prefix",
     "max_seq_tokens",
     "name",
+    "page_map",
     "pin_prefix",
     "prefetch",
     "prefix_stats",
@@ -74,7 +79,7 @@ def test_library_names():
     assert sorted(vmalloc.__all__) == LIBRARY
     assert set(LIBRARY) <= set(dir(vmalloc))
     for name in LIBRARY:
-        assert getattr(vmalloc, name).__doc__ or name == "MISS_REASONS"
+        assert getattr(vmalloc, name).__doc__ or name in ("MISS_REASONS", "PAGE_KINDS")
 
 
 def test_backend_protocol():

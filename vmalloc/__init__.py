@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import ClosedError, ConfigError, DriverError, InvariantError, VmallocError
     from .factory import BackendChoice, choose_backend, create_kv_backend
     from .kv_cache import VirtualKVCache
+    from .page_map import PAGE_KINDS, PageMap, PageRun, SlotPages
     from .paged_cache import PagedKVCache
 
 __version__ = "0.1.0"
@@ -50,11 +51,15 @@ _MODULE_OF = {
     "KVCacheStats": "backend",
     "LayerKVSpec": "config",
     "MISS_REASONS": "backend",
+    "PAGE_KINDS": "page_map",
+    "PageMap": "page_map",
+    "PageRun": "page_map",
     "PagedKVCache": "paged_cache",
     "PrefixCacheStats": "backend",
     "PrefixHit": "backend",
     "Reservation": "backend",
     "SequenceGroupSpec": "backend",
+    "SlotPages": "page_map",
     "Step": "backend",
     "VirtualKVCache": "kv_cache",
     "VmallocError": "errors",
@@ -64,6 +69,7 @@ _MODULE_OF = {
 
 __all__ = [
     "MISS_REASONS",
+    "PAGE_KINDS",
     "BackendChoice",
     "ClosedError",
     "ConfigError",
@@ -75,11 +81,14 @@ __all__ = [
     "KVCacheConfig",
     "KVCacheStats",
     "LayerKVSpec",
+    "PageMap",
+    "PageRun",
     "PagedKVCache",
     "PrefixCacheStats",
     "PrefixHit",
     "Reservation",
     "SequenceGroupSpec",
+    "SlotPages",
     "Step",
     "VirtualKVCache",
     "VmallocError",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import KVCacheConfig
+    from .page_map import PageMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +438,10 @@ class KVBackend(Protocol):
 
     def stats(self) -> KVCacheStats: ...
 
+    def page_map(self) -> PageMap:
+        """The pages of every slot, by kind; while the cache sleeps too."""
+        ...
+
     def trim(self, keep_free_pages: int = 0) -> int:
         """Give free pages back to the system until ``keep_free_pages`` are left; the count."""
         ...
@@ -449,10 +454,10 @@ class KVBackend(Protocol):
         """Give all physical memory back, the live sequences' to host memory; addresses stay.
 
         Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
-        place. Until ``try_wake`` every call but ``stats``,
-        ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
-        swap space does not hold the live sequences, or they exceed a cap that was lowered, or the
-        memory cannot go without its addresses (paged on CUDA).
+        place. Until ``try_wake`` every call but ``stats``, ``page_map``, ``close`` and ``try_wake``
+        raises ``ConfigError``. False, and nothing changed, where the swap space does not hold the
+        live sequences, or they exceed a cap that was lowered, or the memory cannot go without its
+        addresses (paged on CUDA).
         """
         ...
 

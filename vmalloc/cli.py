@@ -1,6 +1,6 @@
-"""The command line: ``vmalloc generate`` and ``vmalloc info``.
+"""The command line: ``vmalloc generate``, ``serve``, ``top``, ``bench`` and ``info``.
 
-Owns: what people read; the options are in ``cli_options.py``.
+Owns: what people read; the options are in ``cli_options.py`` and ``serve_options.py``.
 Thread-safety: none; one process, one command.
 
 The one file that may import the engine from the library, and it does so lazily: ``--help`` loads
@@ -10,22 +10,26 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.style import Style
 
+from . import bench_options as benching
 from . import cli_options as options
+from . import serve_options as serving
 from .errors import ConfigError, VmallocError
 
 if TYPE_CHECKING:
-    from .engine import LLM, RequestOutput
+    from .engine import LLM, EngineConfig, RequestOutput
 
 EXIT_FAILED_REQUEST = 1
 EXIT_BAD_INPUT = 2
@@ -45,6 +49,7 @@ _BOLD = Style(bold=True)
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: options.Prompts = None,
     prompts_file: options.PromptsFile = None,
     model: options.Model = "demo",
@@ -110,32 +115,7 @@ def generate(
         ignore_eos=ignore_eos,
         structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
-    with LLM(
-        model,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype.value,
-        enforce_eager=enforce_eager,
-        compile=compile,
-        kv_backend=kv_backend.value,
-        kv_driver=kv_driver.value,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        swap_space_bytes=_gib_to_bytes(swap_space),
-        enable_prefix_caching=enable_prefix_caching,
-        commit_policy=commit_policy.value,
-        page_size=page_size,
-        block_size=block_size,
-        layers_per_group=layers_per_group,
-        commit_ahead_tokens=commit_ahead,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        scheduling_policy=scheduling_policy.value,
-        preemption_mode=preemption_mode.value,
-        seed=seed or 0,
-        batch_invariant=batch_invariant,
-    ) as llm:
+    with LLM(model, tokenizer=tokenizer, **_engine_settings(context.params)) as llm:
         if as_json:
             outputs = llm.generate(prompts, params, priority=priority or None)
         else:
@@ -149,6 +129,185 @@ def generate(
         _complain(error)
     if errors:
         raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model_argument: serving.ModelArgument = None,
+    model: serving.Model = None,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.Device = "auto",
+    enforce_eager: options.EnforceEager = False,
+    compile: options.Compile = False,
+    config: serving.Config = None,
+    dry_run: serving.DryRun = False,
+    as_json: serving.AsJson = False,
+    host: serving.Host = "127.0.0.1",
+    port: serving.Port = 8000,
+    uds: serving.Uds = None,
+    served_model_name: serving.ServedModelName = None,
+    chat_template: serving.ChatTemplate = None,
+    allowed_origins: serving.AllowedOrigins = None,
+    sse_keep_alive_interval: serving.SseKeepAliveInterval = 15.0,
+    root_path: serving.RootPath = "",
+    ssl_certfile: serving.SslCertfile = None,
+    ssl_keyfile: serving.SslKeyfile = None,
+    api_key: serving.ApiKey = None,
+    admin_api_key: serving.AdminApiKey = None,
+    max_num_queued_reqs: serving.MaxNumQueuedReqs = 512,
+    queue_timeout: serving.QueueTimeout = None,
+    request_timeout: serving.RequestTimeout = None,
+    max_body_bytes: serving.MaxBodyBytes = 8 << 20,
+    max_logprobs: serving.MaxLogprobs = 20,
+    shutdown_timeout: serving.ShutdownTimeout = 60.0,
+    health_timeout: serving.HealthTimeout = 120.0,
+    release_idle_after: serving.ReleaseIdleAfter = 30.0,
+    log_format: serving.LogFormatOption = serving.LogFormat.TEXT,
+    enable_log_requests: serving.EnableLogRequests = False,
+    disable_log_stats: serving.DisableLogStats = False,
+    otlp_traces_endpoint: serving.OtlpTracesEndpoint = None,
+    kv_backend: options.BackendOption = options.Backend.AUTO,
+    kv_driver: options.KVDriver = options.Driver.AUTO,
+    kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
+    gpu_memory_utilization: options.GPUMemoryUtilization = 0.9,
+    swap_space: options.SwapSpace = None,
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    commit_policy: options.CommitPolicyOption = options.CommitPolicy.ON_DEMAND,
+    page_size: options.PageSize = None,
+    block_size: options.BlockSize = 16,
+    layers_per_group: options.LayersPerGroup = None,
+    commit_ahead: options.CommitAhead = 4,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    scheduling_policy: serving.SchedulingPolicyOption = options.SchedulingPolicy.FCFS,
+    preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
+    seed: serving.EngineSeed = 0,
+    batch_invariant: options.BatchInvariant = False,
+) -> None:
+    """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
+    model = _one_model(model_argument, model)
+    if as_json and not dry_run:
+        raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
+    _prepare_process(model)
+    from .engine import EngineConfig
+
+    engine_config = EngineConfig(**_engine_settings(context.params))
+    if dry_run:
+        _show_plan(model, engine_config, as_json=as_json)
+        return
+    _check_extra("server", ("fastapi", "uvicorn", "prometheus_client"))
+    from .server.config import ServerConfig
+    from .server.run import serve as run_server
+
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        uds=None if uds is None else str(uds),
+        api_keys=tuple(api_key or ()),
+        admin_api_keys=tuple(admin_api_key or ()),
+        served_model_names=tuple(served_model_name or ()),
+        chat_template=None if chat_template is None else str(chat_template),
+        max_queued_requests=max_num_queued_reqs,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
+        max_body_bytes=max_body_bytes,
+        allowed_origins=tuple(allowed_origins or ()),
+        sse_keep_alive_s=sse_keep_alive_interval,
+        shutdown_timeout_s=shutdown_timeout,
+        health_timeout_s=health_timeout,
+        release_idle_after_s=release_idle_after or None,
+        root_path=root_path,
+        ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+        ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        log_format=log_format.value,
+        log_requests=enable_log_requests,
+        log_stats=not disable_log_stats,
+        otlp_traces_endpoint=otlp_traces_endpoint,
+    )
+    raise typer.Exit(run_server(model, tokenizer, engine_config, server_config))
+
+
+@app.command()
+def bench(
+    url: benching.Url,
+    endpoint: benching.EndpointOption = benching.Endpoint.COMPLETIONS,
+    model: benching.Model = "auto",
+    api_key: benching.ApiKey = None,
+    num_prompts: benching.NumPrompts = 100,
+    request_rate: benching.RequestRate = math.inf,
+    max_concurrency: benching.MaxConcurrency = None,
+    seed: benching.Seed = 0,
+    input_len: benching.InputLen = 128,
+    output_len: benching.OutputLen = 64,
+    length_spread: benching.LengthSpread = 0.5,
+    ignore_eos: benching.IgnoreEos = True,
+    time_limit: benching.TimeLimit = 600.0,
+    request_timeout: benching.RequestTimeout = 120.0,
+    goodput: benching.Goodput = None,
+    as_json: benching.AsJson = False,
+    output: benching.Output = None,
+) -> None:
+    """Send a server a ragged load and report latencies, throughput and goodput as clients see them.
+
+    The load is the same for the same seed: log-normal lengths, random arrivals. Ctrl-C ends it
+    early and shows what there is.
+    """
+    _check_extra("server", ("httpx",))
+    from .server.bench_client import run_bench
+    from .server.bench_load import BenchSettings, read_goodput
+    from .server.bench_progress import BenchProgress
+    from .server.bench_result import bench_report
+
+    settings = BenchSettings(
+        url=url,
+        endpoint=endpoint.value,
+        model=model,
+        api_key=(api_key or "").partition(" ")[0] or None,  # a server may have several
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+        seed=seed,
+        input_len=input_len,
+        output_len=output_len,
+        length_spread=length_spread,
+        goodput=read_goodput(goodput or ()),
+        time_limit_s=time_limit,
+        request_timeout_s=request_timeout,
+        ignore_eos=ignore_eos,
+    )
+    with BenchProgress(num_prompts) as progress:
+        result = run_bench(settings, progress.add)
+    document = json.dumps(result.summary())
+    if output is not None:
+        _write_text(output, document + "\n")
+    if as_json:
+        sys.stdout.write(document + "\n")
+    else:
+        Console().print(bench_report(result))
+    if result.failures or result.num_unfinished:
+        raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the server is, e.g. http://localhost:8000.")],
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that the server asks for.", envvar="VMALLOC_API_KEY"),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print frames as JSON, one a line.")
+    ] = False,
+) -> None:
+    """Watch the pages of a running server in the terminal. Ctrl-C ends it."""
+    _check_extra("server", ("httpx",))
+    from .server.top import top as run_top
+
+    raise typer.Exit(run_top(url, api_key=api_key, once=once, as_json=as_json))
 
 
 @app.command()
@@ -283,8 +442,49 @@ def _output_dicts(output: RequestOutput) -> Iterator[dict[str, object]]:
         yield result
 
 
-def _gib_to_bytes(num_gib: float | None) -> int | None:
-    return None if num_gib is None else int(num_gib * 2**30)
+def _engine_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``EngineConfig`` among a command's options, which mostly have their names."""
+    from .engine import EngineConfig
+
+    names = {field.name for field in fields(EngineConfig)} & set(params)
+    settings = {name: getattr(params[name], "value", params[name]) for name in names}
+    num_gib = params["swap_space"]
+    settings["swap_space_bytes"] = None if num_gib is None else int(num_gib * 2**30)
+    settings["commit_ahead_tokens"] = params["commit_ahead"]
+    settings["seed"] = params["seed"] or 0
+    return settings
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output is {str(path)!r}; it cannot be written: {error}") from error
+
+
+def _one_model(argument: str | None, option: str | None) -> str:
+    if argument is not None and option is not None and argument != option:
+        raise ConfigError(f"the model is {argument!r} and --model is {option!r}; give one of them")
+    return argument or option or "demo"
+
+
+def _show_plan(model: str, config: EngineConfig, *, as_json: bool) -> None:
+    from .engine.memory_plan import plan_memory
+    from .engine.memory_plan_table import memory_plan_report
+
+    plan = plan_memory(model, config)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(plan)) + "\n")
+    else:
+        Console().print(memory_plan_report(plan))
+
+
+def _check_extra(extra: str, modules: Sequence[str]) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} cannot be imported; pip install 'vmalloc[{extra}]'"
+        )
 
 
 def _prepare_process(model: str | None) -> None:

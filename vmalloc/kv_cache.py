@@ -33,13 +33,14 @@ from .core_setup import high_pages, low_pages, make_arena, make_driver
 from .device import current_stream, tensor_device
 from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
+from .page_map import PageMap
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
 from .scratch_slot import ScratchSlot
 from .slot_prefixes import FoundPrefix, SlotPrefixes
 from .slot_views import SlotViews
 from .swapped_groups import SwappedGroup, SwappedGroups
-from .virtual_stats import virtual_stats
+from .virtual_stats import virtual_page_map, virtual_stats
 
 T = TypeVar("T")
 
@@ -386,6 +387,15 @@ class VirtualKVCache:
     def stats(self) -> KVCacheStats:
         """See ``KVCacheStats``. The slot to pad with has committed pages, but is no sequence."""
         return virtual_stats(self._core_arena.stats(), len(self._slot_of), self._peak_seqs)
+
+    def page_map(self) -> PageMap:
+        return virtual_page_map(
+            self._core_arena,
+            self._layout.num_slots,
+            {slot: (seq_id, self._len_of[seq_id]) for seq_id, slot in self._slot_of.items()},
+            padding_slot=self._scratch.slot,
+            is_asleep=self._is_asleep,
+        )
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)

@@ -35,10 +35,11 @@ from .config import KVCacheConfig
 from .device import current_stream, tensor_device
 from .errors import ClosedError, ConfigError
 from .layout import plan_layout
+from .page_map import PageMap
 from .paged_checks import check_books
 from .paged_prefix import SequencePrefixes
 from .paged_sequences import PagedSequences, check_between
-from .paged_stats import StepTotals, collect_stats
+from .paged_stats import StepTotals, collect_page_map, collect_stats
 from .paged_swap import SwapSpace
 
 
@@ -306,6 +307,11 @@ class PagedKVCache:
             self._totals,
             self._config.token_bytes,
         )
+
+    def page_map(self) -> PageMap:
+        """See ``KVBackend``. Cached blocks are in no row: ``cached_pages`` says how many."""
+        self._check_open()
+        return collect_page_map(self._pool, self._supply, self._seqs, self._config.token_bytes)
 
     def trim(self, keep_free_pages: int = 0) -> int:
         self._check_usable()

@@ -76,6 +76,10 @@ class PagedSequences:
             self._refuse(seq_id)
         return seq
 
+    def ids(self) -> list[int]:
+        """All live sequences."""
+        return list(self._seqs)
+
     def length(self, seq_id: int) -> int:
         """Tokens of a live sequence."""
         return int(self.tables.lens[self.get(seq_id).row])

@@ -6,10 +6,12 @@ Owns: nothing.  Thread-safety: none; one engine thread.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from .backend import KVCacheStats
 from .block_pool import BlockPool
 from .block_supply import BlockSupply
+from .page_map import PageMap, PageRun, SlotPages
 from .paged_sequences import PagedSequences
 from .paged_swap import SwapSpace
 
@@ -71,3 +73,35 @@ def collect_stats(
         committed_byte_steps=float(totals.committed_blocks * page),
         worker_error="",
     )
+
+
+def collect_page_map(
+    pool: BlockPool, supply: BlockSupply, seqs: PagedSequences, token_bytes: int
+) -> PageMap:
+    """A sequence is a slot, its row of the block table, with one region; a page is a block."""
+    is_asleep = supply.is_asleep
+    slots = [] if is_asleep else [_slot_pages(pool, seqs, seq_id) for seq_id in seqs.ids()]
+    slots.sort(key=lambda slot: slot.slot_idx)
+    num_rows, max_blocks = seqs.tables.ids.shape
+    return PageMap(
+        backend="paged",
+        is_asleep=is_asleep,
+        page_bytes=supply.block_bytes,
+        row_bytes=(token_bytes,),
+        slot_pages=(max_blocks,),
+        num_slots=num_rows,
+        shared_refs=0 if is_asleep else pool.num_seq_refs - pool.num_live,
+        held_pages=0 if is_asleep else pool.num_committed - pool.num_live,
+        cached_pages=0 if is_asleep else pool.num_in_use - pool.num_committed,
+        slots=tuple(slot for slot in slots if slot.num_pages()),
+    )
+
+
+def _slot_pages(pool: BlockPool, seqs: PagedSequences, seq_id: int) -> SlotPages:
+    row = seqs.get(seq_id).row
+    is_shared = (pool.seq_refs[seqs.tables.blocks(row)] > 1).tolist()
+    runs = tuple(
+        PageRun("shared" if shared else "live", len(list(run)))
+        for shared, run in groupby(is_shared)
+    )
+    return SlotPages(row, seq_id, seqs.length(seq_id), (runs,))

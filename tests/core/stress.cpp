@@ -372,6 +372,11 @@ void observe(KVArena& arena, const std::atomic<bool>& stop, unsigned seed) {
     require(stats.pool.num_created ==
                 stats.pool.num_free + stats.pool.num_in_use + stats.pool.num_retired,
             "created == free + in_use + retired does not hold");
+    for (const vmalloc::SlotMap& slot : arena.page_map()) {
+      require(std::any_of(slot.regions.begin(), slot.regions.end(),
+                          [](const auto& runs) { return !runs.empty(); }),
+              "the page map has a slot without pages");
+    }
     static_cast<void>(arena.can_admit(1, pick(random, kMaxRows)));
     static_cast<void>(arena.mapped_rows(static_cast<std::uint32_t>(pick(random, 16))));
     jitter(random);

@@ -10,6 +10,7 @@ from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, creat
 from vmalloc.core_setup import make_driver
 
 from .backends import BACKENDS, BASES, SHAPES, Contents, make_config, stand_in_driver
+from .page_maps import check_page_map
 
 MAX_LEN = 96
 MAX_SEQS = 6
@@ -341,6 +342,7 @@ class BackendMachine(RuleBasedStateMachine):
         assert stats.live_bytes <= stats.peak_live_bytes
         assert stats.num_live_seqs <= stats.peak_live_seqs <= MAX_SEQS
         assert stats.swapped_bytes <= self.cache.config.swap_bytes
+        check_page_map(self.cache.page_map(), stats)
         for tokens, salt, num_pinned in self.pins:
             assert self.cache.match_prefix(tokens, salt).num_tokens >= num_pinned
 

@@ -1,0 +1,278 @@
+"""One page map for all who watch: computed while somebody does, and when something changed.
+
+Owns: the newest frame, and the task that makes the next one.
+Thread-safety: none; one event loop. What touches the engine runs on its thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from ..engine import (
+    AsyncLLMEngine,
+    EngineSnapshot,
+    EngineUnavailableError,
+    KVCacheStats,
+    LLMEngine,
+    PageMap,
+    PrefixCacheStats,
+    SchedulerStats,
+    VmallocError,
+)
+from .protocol.page_map import (
+    PageMapBody,
+    PageMapFrame,
+    PageMapState,
+    PageMapTotals,
+    SlotEntry,
+)
+
+PERIOD_SECONDS = 0.25
+"""Least time from one frame to the next."""
+
+REPEAT_SECONDS = 5.0
+"""A frame is sent again after so long without a change, as a sign of life."""
+
+RATE_SECONDS = 2.0
+"""Rates are those of this much time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look at the engine, between two steps, found."""
+
+    page_map: PageMap
+    kv: KVCacheStats
+    scheduler: SchedulerStats
+    prefix: PrefixCacheStats
+    generated_tokens: int
+
+    @classmethod
+    def at(cls, engine: LLMEngine) -> _Look:
+        return cls(
+            engine.page_map(),
+            engine.kv_stats(),
+            engine.stats(),
+            engine.prefix_stats(),
+            engine.token_stats().generation_tokens,
+        )
+
+    @property
+    def mapped_pages(self) -> int:
+        return self.kv.critical_pages + self.kv.background_pages
+
+
+_Inbox = asyncio.Queue[PageMapFrame | PageMapState | None]
+"""The newest frame that one watcher has not seen; None: there will be no more."""
+
+
+class PageMapFeed:
+    """Frames of the page map.
+
+    An engine that does nothing is left alone: it would never be idle for long enough to give free
+    pages back if it were asked all the time.
+
+    Args:
+        engine: its engine, started or not.
+        model: the name that frames report.
+
+    Attributes:
+        num_looks: times the engine was asked so far.
+    """
+
+    def __init__(self, engine: AsyncLLMEngine, model: str) -> None:
+        self._engine = engine
+        self._model = model
+        self.num_looks = 0
+        self._inboxes: list[_Inbox] = []
+        self._task: asyncio.Task[None] | None = None
+        self._newest: PageMapFrame | PageMapState | None = None
+        self._published = 0.0
+        self._lock = asyncio.Lock()
+        self._look: _Look | None = None
+        self._seen: EngineSnapshot | None = None
+        self._frame: PageMapFrame | None = None
+        self._frame_time = 0.0
+        self._samples: deque[tuple[float, int, int]] = deque()
+
+    @property
+    def num_watchers(self) -> int:
+        """How many watch; frames are made while somebody does."""
+        return len(self._inboxes)
+
+    async def frame(self) -> PageMapFrame:
+        """The page map now, at most ``PERIOD_SECONDS`` old.
+
+        Raises ``EngineUnavailableError`` while the engine does not run.
+        """
+        async with self._lock:
+            now = time.monotonic()
+            if self._frame is None or now - self._frame_time >= PERIOD_SECONDS:
+                look = await self._look_again()
+                self._frame = self._make_frame(look)
+                self._frame_time = now
+            return self._frame
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[PageMapFrame | PageMapState]]:
+        """Frames as they are made; who is slow misses some. They end with the engine."""
+        inbox: _Inbox = asyncio.Queue(maxsize=1)
+        self._inboxes.append(inbox)
+        if self._task is None:
+            self._newest = None
+            self._task = asyncio.create_task(self._run())
+        elif self._newest is not None:
+            inbox.put_nowait(self._newest)
+        try:
+            yield _read(inbox)
+        finally:
+            self._inboxes.remove(inbox)
+            if not self._inboxes and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    async def _run(self) -> None:
+        try:
+            while self._engine.state in ("starting", "running"):
+                began = time.monotonic()
+                self._publish(await self._next())
+                await asyncio.sleep(max(0.0, began + PERIOD_SECONDS - time.monotonic()))
+            self._publish(self._state())
+        finally:
+            if self._task is asyncio.current_task():  # else others watch another one
+                self._task = None
+                for inbox in self._inboxes:
+                    await inbox.put(None)
+
+    async def _next(self) -> PageMapFrame | PageMapState:
+        try:
+            return await self.frame()
+        except VmallocError:
+            return self._state()
+
+    def _state(self) -> PageMapState:
+        engine = self._engine
+        detail = engine.failure or engine.startup_phase or ""
+        return PageMapState(state=engine.state, detail=detail)
+
+    def _publish(self, frame: PageMapFrame | PageMapState) -> None:
+        if not self._is_news(frame):
+            return
+        self._newest = frame
+        self._published = time.monotonic()
+        for inbox in self._inboxes:
+            if inbox.full():
+                inbox.get_nowait()
+            inbox.put_nowait(frame)
+
+    def _is_news(self, frame: PageMapFrame | PageMapState) -> bool:
+        last = self._newest
+        if last is None or type(last) is not type(frame):
+            return True
+        if time.monotonic() - self._published >= REPEAT_SECONDS:
+            return True
+        if isinstance(frame, PageMapState) or isinstance(last, PageMapState):
+            return frame != last
+        return frame.model_copy(update={"time": last.time}) != last
+
+    async def _look_again(self) -> _Look:
+        """Ask the engine, unless it did nothing since it was asked last."""
+        snapshot = self._engine.snapshot
+        if snapshot is None or self._engine.state != "running":
+            raise EngineUnavailableError(
+                self._engine.state, f"there is no page map: the engine is {self._engine.state}", 1.0
+            )
+        seen = replace(snapshot, time=0.0)
+        if self._look is None or seen != self._seen:
+            self.num_looks += 1
+            self._look = await self._engine.call(_Look.at)
+            self._seen = seen
+        return self._look
+
+    def _make_frame(self, look: _Look) -> PageMapFrame:
+        tokens_per_s, pages_per_s = self._rates(look)
+        kv, scheduler, prefix = look.kv, look.scheduler, look.prefix
+        return PageMapFrame(
+            time=time.time(),
+            state=self._engine.state,
+            model=self._model,
+            map=_body(look.page_map),
+            totals=PageMapTotals(
+                reserved_bytes=kv.reserved_bytes,
+                capacity_bytes=kv.capacity_bytes,
+                committed_bytes=kv.committed_bytes,
+                live_bytes=kv.live_bytes,
+                ahead_bytes=kv.ahead_bytes,
+                parked_bytes=kv.parked_bytes,
+                cached_bytes=kv.cached_bytes,
+                shared_bytes=kv.shared_bytes,
+                swapped_bytes=kv.swapped_bytes,
+                free_pages=kv.free_pages,
+                retired_pages=kv.retired_pages,
+                running_seqs=scheduler.num_running_seqs,
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                swapped=scheduler.num_swapped,
+                preemptions=scheduler.preempt_swap + scheduler.preempt_recompute,
+                prefix_hit_tokens=prefix.hit_tokens,
+                prefix_queried_tokens=prefix.queried_tokens,
+                cow_copies=kv.cow_copies,
+                generated_tokens=look.generated_tokens,
+                mapped_pages=look.mapped_pages,
+                tokens_per_s=tokens_per_s,
+                pages_mapped_per_s=pages_per_s,
+            ),
+        )
+
+    def _rates(self, look: _Look) -> tuple[float, float]:
+        """Tokens and mapped pages a second over the last ``RATE_SECONDS``."""
+        now = time.monotonic()
+        samples = self._samples
+        if samples and now - samples[-1][0] > 2 * RATE_SECONDS:
+            samples.clear()  # nobody looked for a while
+        samples.append((now, look.generated_tokens, look.mapped_pages))
+        while len(samples) > 2 and samples[1][0] <= now - RATE_SECONDS:
+            samples.popleft()
+        began, tokens, pages = samples[0]
+        if now <= began:
+            return 0.0, 0.0
+        seconds = now - began
+        return (
+            round((look.generated_tokens - tokens) / seconds, 2),
+            round((look.mapped_pages - pages) / seconds, 2),
+        )
+
+
+async def _read(inbox: _Inbox) -> AsyncIterator[PageMapFrame | PageMapState]:
+    while (frame := await inbox.get()) is not None:
+        yield frame
+
+
+def _body(page_map: PageMap) -> PageMapBody:
+    return PageMapBody(
+        backend=page_map.backend,
+        is_asleep=page_map.is_asleep,
+        page_bytes=page_map.page_bytes,
+        row_bytes=list(page_map.row_bytes),
+        slot_pages=list(page_map.slot_pages),
+        num_slots=page_map.num_slots,
+        shared_refs=page_map.shared_refs,
+        held_pages=page_map.held_pages,
+        cached_pages=page_map.cached_pages,
+        slots=[
+            SlotEntry(
+                slot_idx=slot.slot_idx,
+                seq_id=slot.seq_id,
+                request_id=slot.request_id,
+                num_tokens=slot.num_tokens,
+                is_padding=slot.is_padding,
+                runs=[[(run.kind, run.num_pages) for run in runs] for runs in slot.runs],
+            )
+            for slot in page_map.slots
+        ],
+    )
