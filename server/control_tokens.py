@@ -59,7 +59,9 @@ class TextMarks:
         self._start, self._end = free[:2]
         # A template may have written its input as JSON in ASCII.
         start, end = (rf"(?:{char}|\\u{ord(char):04x})" for char in (self._start, self._end))
-        self._marked = re.compile(f"{start}({self._tokens.pattern}){end}|{start}|{end}")
+        token = f"({self._tokens.pattern})"
+        # One mark is enough: a template may have cut the other one off.
+        self._marked = re.compile(f"{start}{token}{end}?|{token}{end}|{start}|{end}")
 
     def mark(self, value: Any) -> Any:
         """The same value with every control token in it marked; keys of dicts too."""
@@ -76,9 +78,13 @@ class TextMarks:
     def split(self, rendered: str) -> list[str]:
         """Pieces of a rendered chat: ordinary text at even positions, typed tokens at odd ones.
 
-        A mark that lost its other half, as a template cut the text, still parts what is around it.
+        A mark without a token, as a template cut it, still parts what is around it.
         """
-        return [piece or "" for piece in self._marked.split(rendered)]
+        parts = self._marked.split(rendered)  # text, then two groups of which one may match, ...
+        pieces = [parts[0]]
+        for idx in range(1, len(parts), 3):
+            pieces += [parts[idx] or parts[idx + 1] or "", parts[idx + 2]]
+        return pieces
 
 
 def encode_pieces(
