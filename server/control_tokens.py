@@ -94,7 +94,7 @@ def encode_pieces(
 
     Raises ``ApiError`` for a typed token that the tokenizer only knows as a token.
     """
-    ids: list[int] = tokenizer.encode(pieces[0], add_special_tokens=False)
+    ids = _encode(tokenizer, pieces[0])
     forbidden = set(tokenizer.convert_tokens_to_ids(list(tokens))) if len(pieces) > 1 else set()
     for idx, piece in enumerate(pieces[1:], start=1):
         if idx % 2 == 0:
@@ -120,11 +120,15 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     """
     if not text:
         return []
-    line_break: list[int] = tokenizer.encode("\n", add_special_tokens=False)
-    ids: list[int] = tokenizer.encode("\n" + text, add_special_tokens=False)
+    line_break = _encode(tokenizer, "\n")
+    ids = _encode(tokenizer, "\n" + text)
     if ids[: len(line_break)] == line_break:
         return ids[len(line_break) :]
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _strings(value: Any) -> Iterator[str]:

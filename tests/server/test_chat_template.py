@@ -189,7 +189,7 @@ def test_a_message_can_be_gone_on_with(renderer: Any) -> None:
     chat = [message("user", "Count."), message("assistant", "One, <|eos|>two")]
     prompt = renderer()(*chat, add_generation_prompt=False, continue_final_message=True)
     assert prompt.text == f"{BOS}{USER}Count.{ASSISTANT}One, <|eos|>two"
-    with pytest.raises(ApiError, match="both true"):
+    with pytest.raises(ApiError, match="begun or gone on with"):
         renderer()(*chat, continue_final_message=True)
 
 
