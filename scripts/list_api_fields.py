@@ -159,7 +159,7 @@ def _power(value: float) -> str:
         for offset, suffix in ((0, ""), (-1, "-1")):
             if abs(value) == 2**bits + offset:
                 return f"{'-' if value < 0 else ''}2^{bits}{suffix}"
-    return f"{value:g}".replace("-", "-")
+    return f"{value:g}"
 
 
 def endpoint_table(api: dict[str, Any]) -> str:

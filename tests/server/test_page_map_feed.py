@@ -89,7 +89,7 @@ def test_frames_show_a_request_come_and_go(backend: str) -> None:
                 busy = [frame for frame in seen if frame.totals.running_seqs]
                 assert busy
                 names = {slot.request_id for frame in busy for slot in frame.map.slots}
-                assert "mine-0" in names
+                assert any(name.startswith("mine-") for name in names)
                 assert max(frame.totals.tokens_per_s for frame in seen) > 0
                 assert seen[-1].totals.generated_tokens == 3000
                 assert [slot for slot in seen[-1].map.slots if slot.seq_id is not None] == []
