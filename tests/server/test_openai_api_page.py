@@ -21,8 +21,6 @@ from vmalloc.server.protocol.chat import ChatRequest
 from vmalloc.server.protocol.completions import CompletionRequest
 from vmalloc.server.protocol.response_request import ResponseRequest
 
-pytest_plugins = ["tests.server.fixtures"]
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "openai-api.md").read_text(encoding="utf-8")
 BASE = "http://127.0.0.1:8000"
