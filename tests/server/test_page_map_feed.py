@@ -210,13 +210,23 @@ def test_what_is_no_frame_is_a_state() -> None:
     run(test)
 
 
-def test_asleep() -> None:
+@pytest.mark.parametrize("backend", ["virtual", "paged"])
+def test_a_sleeping_engine_lives_and_says_that_it_sleeps(backend: str) -> None:
     async def test() -> None:
-        async with running_engine() as engine:
+        async with running_engine(kv_backend=backend) as engine:
             feed = PageMapFeed(engine, "name")
+            await generate(engine, "first", 10)
             await engine.call(LLMEngine.sleep)
-            frame = await feed.frame()
-            assert frame.map.is_asleep
-            assert await engine.call(LLMEngine.wake)
+            async with feed.watch() as frames:
+                async for frame in frames:
+                    assert isinstance(frame, PageMapFrame)
+                    if frame.map.is_asleep:
+                        break
+                assert await engine.call(LLMEngine.wake)
+                async for frame in frames:
+                    assert isinstance(frame, PageMapFrame)
+                    if not frame.map.is_asleep:
+                        break
+            await generate(engine, "second", 10)
 
     run(test)
