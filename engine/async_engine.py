@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VmallocError
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot, EngineThread, Report
 from .errors import EngineUnavailableError, QueueFullError, RequestAbortedError
@@ -31,7 +31,7 @@ EngineState = Literal["starting", "running", "draining", "stopped", "dead"]
 
 DRAIN_POLL_SECONDS = 0.05
 
-LOAD_END_SECONDS = 5.0
+LOAD_END_SECONDS = 1.0
 """Longest wait for the end of a load that nobody wants any more; it cannot be interrupted."""
 
 RETRY_SECONDS = 1.0
@@ -340,7 +340,10 @@ class AsyncLLMEngine:
         else:
             self._state = "dead"
             self._failure = f"{type(error).__name__}: {error}"
-            logger.critical("the engine is dead: %s", self._failure, exc_info=error)
+            # What a load refuses is told by whoever started it.
+            is_refused = self._config is None and isinstance(error, VmallocError)
+            level = logging.DEBUG if is_refused else logging.CRITICAL
+            logger.log(level, "the engine is dead: %s", self._failure, exc_info=error)
             reason = EngineUnavailableError("dead", f"the engine is dead: {self._failure}")
         assert self._started is not None
         if not self._started.done():

@@ -31,6 +31,7 @@ from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import FailureMiddleware, install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
+from .root_path import RootPathMiddleware
 from .state import ServerState
 from .stats_log import StatsLog
 
@@ -65,7 +66,6 @@ def create_app(
         description="An OpenAI-compatible endpoint whose KV cache is virtual memory.",
         lifespan=lifespan,
         redoc_url=None,
-        root_path=state.config.root_path,
         # A path with a slash too many is unknown, not moved.
         redirect_slashes=False,
     )
@@ -99,6 +99,7 @@ def create_app(
         )
     app.add_middleware(AccessMiddleware, state=state)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RootPathMiddleware, root_path=state.config.root_path)
     return app
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .process import ServerProcess
+from .process import ServerProcess, running_server
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = (
@@ -71,7 +71,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(browser: Any) -> Iterator[ServerProcess]:
-    with ServerProcess(*SMALL) as process:
+    with running_server(*SMALL) as process:
         yield process
 
 
@@ -407,7 +407,7 @@ def test_what_the_server_refuses_is_said_in_words(open_page: Open) -> None:
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, open_page: Open) -> None:
-    with ServerProcess("--api-key", KEY, *SMALL) as guarded:
+    with running_server("--api-key", KEY, *SMALL) as guarded:
         visit = open_page(guarded.url)
         visit.wait_for_state("API key needed")
         visit.choose("completion")
@@ -435,8 +435,8 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, open_page: Open) 
         visit.context.close()
 
 
-def test_the_stream_of_page_maps_comes_back_after_a_drop(open_page: Open) -> None:
-    first = ServerProcess(*SMALL)
+def test_the_stream_of_page_maps_comes_back_after_a_drop(open_page: Open, tmp_path: Path) -> None:
+    first = ServerProcess(tmp_path / "server.log", *SMALL)
     visit = open_page(first.url)
     visit.wait_for_state("Running")
     visit.choose("completion")
@@ -446,7 +446,7 @@ def test_the_stream_of_page_maps_comes_back_after_a_drop(open_page: Open) -> Non
     error = visit.page.locator("#error")
     error.wait_for()
     assert error.text_content() == "The server cannot be reached."
-    with ServerProcess(*SMALL, "--port", str(first.port)):
+    with running_server(*SMALL, "--port", str(first.port)):
         visit.wait_for_state("Running")
         visit.page.fill("#max_tokens", "8") if visit.page.locator(
             "#max_tokens"

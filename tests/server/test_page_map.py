@@ -19,7 +19,7 @@ from vmalloc import ConfigError
 from vmalloc.server.page_map_client import read_url
 from vmalloc.server.top_view import SPARKS, bytes_by_kind, page_map_view, spark_line
 
-from .process import ROOT, ServerProcess
+from .process import REPOSITORY, ServerProcess, running_server
 from .running import RunningServer
 
 HANG_SECONDS = 60.0
@@ -28,7 +28,9 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16") as process:
+    with running_server(
+        "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"
+    ) as process:
         yield process
 
 
@@ -36,7 +38,7 @@ def server() -> Iterator[ServerProcess]:
 def guarded() -> Iterator[ServerProcess]:
     """One that wants a key."""
     settings = ("--kv-cache-memory-bytes", str(16 << 20), "--kv-backend", "paged")
-    with ServerProcess("--api-key", KEY, *settings) as process:
+    with running_server("--api-key", KEY, *settings) as process:
         yield process
 
 
@@ -94,7 +96,7 @@ def events(url: str, **options: Any) -> Iterator[dict[str, Any]]:
 def run_top(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vmalloc.cli", "top", *arguments],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -160,7 +162,7 @@ def test_nothing_is_computed_once_the_clients_left() -> None:
 
 
 def test_the_stream_does_not_keep_a_server_alive() -> None:
-    with ServerProcess("--kv-cache-memory-bytes", str(16 << 20)) as process:
+    with running_server("--kv-cache-memory-bytes", str(16 << 20)) as process:
         stream = events(process.url)
         assert next(stream)
         assert process.stop() == 0
@@ -196,7 +198,7 @@ def test_top_prints_json(server: ServerProcess) -> None:
 def test_top_draws_until_it_is_told_to_end(server: ServerProcess) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "vmalloc.cli", "top", server.url, "--json"],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -226,7 +228,7 @@ def test_top_says_what_is_wrong(guarded: ServerProcess, server: ServerProcess) -
 
 def test_top_needs_no_torch() -> None:
     script = "import sys, vmalloc.server.top; assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.parametrize(
