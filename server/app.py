@@ -23,6 +23,7 @@ from . import (
     model_routes,
     page_map_routes,
     page_routes,
+    response_routes,
     tokenization_routes,
 )
 from .access import AccessMiddleware
@@ -76,6 +77,7 @@ def create_app(
         model_routes.router,
         completion_routes.router,
         chat_routes.router,
+        response_routes.router,
         tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,

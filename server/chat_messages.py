@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ApiError
+from .errors import ApiError, invalid_field
 from .protocol.json_value import read_json_object
 from .protocol.messages import ChatMessage
 from .protocol.tools import SentToolCall
@@ -57,27 +57,23 @@ def _template_message(message: ChatMessage, where: str, template: TemplateSource
 def _check_role(message: ChatMessage, where: str) -> None:
     """Raise ``ApiError`` unless the fields are those of the role."""
     if message.content is None and not message.tool_calls:
-        raise _invalid(f"{where}.content", "is missing")
+        raise invalid_field(f"{where}.content", "is missing")
     if message.tool_calls is not None and message.role != "assistant":
-        raise _invalid(f"{where}.tool_calls", f"is set in a message of the {message.role}'s")
+        raise invalid_field(f"{where}.tool_calls", f"is set in a message of the {message.role}'s")
     if (message.tool_call_id is not None) != (message.role == "tool"):
         what = "is missing" if message.tool_call_id is None else "is set"
-        raise _invalid(f"{where}.tool_call_id", f"{what} in a message of the {message.role}'s")
+        raise invalid_field(f"{where}.tool_call_id", f"{what} in a message of the {message.role}'s")
 
 
 def _template_call(call: SentToolCall, where: str) -> dict[str, Any]:
     arguments = read_json_object(call.function.arguments)
     if arguments is None:
-        raise _invalid(
+        raise invalid_field(
             f"{where}.function.arguments",
             f"is {call.function.arguments!r:.100}; it must be a JSON object as text",
         )
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def _invalid(param: str, what: str) -> ApiError:
-    return ApiError(400, f"{param} {what}", param=param, code="invalid_value")
 
 
 def _no_tools(param: str, what: str) -> ApiError:

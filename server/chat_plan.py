@@ -38,6 +38,7 @@ class ChatTask:
         num_logprobs_name: the field that it came from.
         add_generation_prompt, continue_final_message, template_kwargs: see ``render_chat``.
         reasoning_effort: a variable of some templates.
+        form_name: the field that ``fields.response_format`` came from.
     """
 
     fields: SamplingFields
@@ -55,6 +56,7 @@ class ChatTask:
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
+    form_name: str = "response_format"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,32 +81,15 @@ class ChatPlan:
 async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
     """Check a task, render its prompt, and make the engine's request. Raises ``ApiError`` and
     ``ConfigError``."""
-    with_tools = bool(task.functions) and task.tool_choice != "none"
-    template = template_of(state, with_tools=with_tools)
-    tools = plan_tools(
-        task.functions,
-        task.tool_choice,
-        template,
-        has_parallel_calls=task.has_parallel_calls,
-    )
+    prompt, tools = await render_task(state, task)
     if tools is not None:
-        _check_no_form(task.fields)
+        _check_no_form(task)
     _check_num_logprobs(state, task)
     params = sampling_params(
         task.fields,
         max_tokens=task.max_tokens,
         logprobs=task.num_logprobs,
         structured_outputs=None if tools is None else tools.form,
-    )
-    prompt = await render_chat(
-        state,
-        template_messages(task.messages, task.places, template),
-        tools=None if tools is None else tools.definitions,
-        add_generation_prompt=task.add_generation_prompt,
-        continue_final_message=task.continue_final_message,
-        template=template,
-        template_kwargs=_variables(task, template.variables),
-        field=task.field,
     )
     _check_length(state, task, prompt)
     return ChatPlan(
@@ -120,14 +105,42 @@ async def plan_chat(state: ServerState, task: ChatTask) -> ChatPlan:
     )
 
 
-def _check_no_form(fields: SamplingFields) -> None:
-    response_format = fields.response_format
+async def render_task(state: ServerState, task: ChatTask) -> tuple[RenderedPrompt, ToolPlan | None]:
+    """A task's prompt, and how tools take part. Raises ``ApiError``."""
+    with_tools = bool(task.functions) and task.tool_choice != "none"
+    template = template_of(state, with_tools=with_tools)
+    tools = plan_tools(
+        task.functions,
+        task.tool_choice,
+        template,
+        has_parallel_calls=task.has_parallel_calls,
+    )
+    prompt = await render_chat(
+        state,
+        template_messages(task.messages, task.places, template),
+        tools=None if tools is None else tools.definitions,
+        add_generation_prompt=task.add_generation_prompt,
+        continue_final_message=task.continue_final_message,
+        template=template,
+        template_kwargs=_variables(task, template.variables),
+        field=task.field,
+    )
+    return prompt, tools
+
+
+def adds_generation_prompt(given: bool | None, continue_final_message: bool) -> bool:
+    """A request's ``add_generation_prompt``: by default unless the last message is gone on with."""
+    return not continue_final_message if given is None else given
+
+
+def _check_no_form(task: ChatTask) -> None:
+    response_format = task.fields.response_format
     if response_format is not None and response_format.type != "text":
         raise ApiError(
             400,
-            "response_format is set beside tools; an answer has that form, or calls tools. With "
+            f"{task.form_name} is set beside tools; an answer has that form, or calls tools. With "
             "tool_choice none it is honoured",
-            param="response_format",
+            param=task.form_name,
             code="unsupported_parameter",
         )
 
@@ -189,7 +202,7 @@ def _field_names(task: ChatTask, tools: ToolPlan | None) -> dict[str, str]:
     if tools is not None and tools.form is not None:
         names["grammar"] = "tools"
     elif fields.response_format is not None:
-        names["json"] = "response_format"
+        names["json"] = task.form_name
     else:
         given = ("json", "regex", "choice", "grammar")
         names |= {kind: f"guided_{kind}" for kind in given if getattr(fields, f"guided_{kind}")}

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .chat_answer import AnswerPlan, ChatEncoder, whole_answer
-from .chat_plan import ChatTask, plan_chat
-from .errors import ApiError
+from .chat_plan import ChatTask, adds_generation_prompt, plan_chat
+from .errors import invalid_field
 from .fingerprint import system_fingerprint
 from .generation import EventStream, generate, new_id, server_state
 from .json_body import JsonRoute
@@ -53,9 +53,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 def _task(body: ChatRequest) -> ChatTask:
     max_tokens, max_tokens_name = _max_tokens(body)
     if body.top_logprobs is not None and not body.logprobs:
-        raise _invalid("top_logprobs", f"is {body.top_logprobs} without logprobs")
+        raise invalid_field("top_logprobs", f"is {body.top_logprobs} without logprobs")
     if body.continue_final_message and body.messages[-1].role != "assistant":
-        raise _invalid(
+        raise invalid_field(
             "continue_final_message",
             f"is true; the last message is the {body.messages[-1].role}'s, not the assistant's",
         )
@@ -69,10 +69,8 @@ def _task(body: ChatRequest) -> ChatTask:
         max_tokens=max_tokens,
         max_tokens_name=max_tokens_name,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        add_generation_prompt=(
-            not body.continue_final_message
-            if body.add_generation_prompt is None
-            else body.add_generation_prompt
+        add_generation_prompt=adds_generation_prompt(
+            body.add_generation_prompt, bool(body.continue_final_message)
         ),
         continue_final_message=bool(body.continue_final_message),
         template_kwargs=body.chat_template_kwargs,
@@ -85,7 +83,7 @@ def _max_tokens(body: ChatRequest) -> tuple[int | None, str]:
     if body.max_completion_tokens is None:
         return body.max_tokens, "max_tokens"
     if body.max_tokens not in (None, body.max_completion_tokens):
-        raise _invalid(
+        raise invalid_field(
             "max_tokens",
             f"is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}; they "
             "mean the same",
@@ -98,11 +96,7 @@ def _echo(body: ChatRequest) -> str:
         return ""
     last = body.messages[-1]
     if last.role != "assistant":
-        raise _invalid(
+        raise invalid_field(
             "echo", f"is true; the last message is the {last.role}'s, not the assistant's"
         )
     return last.content or ""
-
-
-def _invalid(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")

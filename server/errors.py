@@ -50,6 +50,8 @@ _TYPES = {
     504: "timeout_error",
 }
 _NAMED = re.compile(r"([a-z][a-z0-9_]*) (?:is|has|holds) ")
+_GRAMMAR_PLACE = re.compile(r"^at \d+\(\d+\): | 1 \| .*$", re.DOTALL)
+"""Where in a grammar a mistake is."""
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -100,6 +102,11 @@ class ApiError(Exception):
         return Response(self.encode(), self.status, self.headers, "application/json")
 
 
+def invalid_field(name: str, what: str) -> ApiError:
+    """A field with a value that it cannot have, e.g. ``what="is 3 without stream"``."""
+    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told about an exception; details of our own mistakes stay in the log."""
     if isinstance(error, ApiError):
@@ -127,11 +134,20 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiError:
-    """A refusal by the engine, in the words of a request whose fields have names of their own."""
+    """A refusal by the engine, in the words of a request whose fields have names of their own.
+
+    A form that was made of a field is not quoted: its client never saw it.
+    """
     failure = as_api_error(error)
     name = failure.param
-    if name is not None and name in field_names:
-        failure.param = field_names[name]
+    if name is None or name not in field_names:
+        return failure
+    failure.param = field_names[name]
+    _, refused, reason = failure.message.partition("; it cannot be compiled: ")
+    if refused:
+        reason = _GRAMMAR_PLACE.sub("", reason)
+        failure.message = f"{failure.param} has a form that cannot be enforced: {reason}"
+    else:
         failure.message = failure.param + failure.message.removeprefix(name)
     return failure
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine import StructuredOutputsParams
-from .errors import ApiError
+from .errors import ApiError, invalid_field
 from .protocol.tools import MAX_TOOLS, FunctionDefinition, NamedTool
 from .template_source import TemplateSource, ToolFormat
 
@@ -56,7 +56,7 @@ def plan_tools(
     """
     if not functions:
         if choice not in (None, "none"):
-            raise _invalid("tool_choice", "is set without tools")
+            raise invalid_field("tool_choice", "is set without tools")
         return None
     _check_names(functions)
     if choice == "none":
@@ -75,7 +75,7 @@ def plan_tools(
         name = choice.function.name
         callable_tools = [one for one in functions if one.name == name]
         if not callable_tools:
-            raise _invalid("tool_choice", f"names {name!r}, which is not among the tools")
+            raise invalid_field("tool_choice", f"names {name!r}, which is not among the tools")
     is_single = isinstance(choice, NamedTool) or not has_parallel_calls
     return ToolPlan(
         names=frozenset(one.name for one in callable_tools),
@@ -88,11 +88,13 @@ def plan_tools(
 
 def _check_names(functions: Sequence[FunctionDefinition]) -> None:
     if len(functions) > MAX_TOOLS:
-        raise _invalid("tools", f"has {len(functions)} entries; at most {MAX_TOOLS}")
+        raise invalid_field("tools", f"has {len(functions)} entries; at most {MAX_TOOLS}")
     seen: set[str] = set()
     for idx, function in enumerate(functions):
         if function.name in seen:
-            raise _invalid(f"tools.{idx}.function.name", f"is {function.name!r}, as another's is")
+            raise invalid_field(
+                f"tools.{idx}.function.name", f"is {function.name!r}, as another's is"
+            )
         seen.add(function.name)
 
 
@@ -177,7 +179,3 @@ def _move_references(schema: Any, root: str) -> Any:
         else _move_references(one, root)
         for key, one in schema.items()
     }
-
-
-def _invalid(param: str, what: str) -> ApiError:
-    return ApiError(400, f"{param} {what}", param=param, code="invalid_value")

@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import httpx
@@ -21,7 +23,7 @@ import httpx
 DEADLINE_SECONDS = 120.0
 """Only bounds a hang: two cores may be busy with something else."""
 
-REPOSITORY = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 _LISTENING = re.compile(r"listening on (?:http://127\.0\.0\.1:(\d+)|unix:(\S+))")
 _SAMPLE = re.compile(r"([a-z][\w:]*)(?:\{(.*)\})? (\S+)")
 
@@ -89,11 +91,11 @@ def _run_forked(arguments: list[str], log_path: str, prepare: Callable[[], None]
 
 
 class ServerProcess:
-    """A server and what it wrote.
+    """A server and what it wrote; ``with`` ends it, and it must end well.
 
     Args:
-        log_path: where its output goes.
         flags: of ``vmalloc serve``; the port is a free one.
+        log_path: where its output goes; None: to a file of its own.
         waits: for ``/ready``; else for nothing.
         is_forked: save the time of the imports; else ``python -m vmalloc.cli`` is started.
         prepare: a function of a module that the forked process runs first.
@@ -106,12 +108,14 @@ class ServerProcess:
 
     def __init__(
         self,
-        log_path: Path,
         *flags: str,
+        log_path: Path | None = None,
         waits: bool = True,
         is_forked: bool = True,
         prepare: Callable[[], None] | None = None,
     ) -> None:
+        if log_path is None:
+            log_path = Path(tempfile.mkdtemp(prefix="vmalloc-server-")) / "log"
         self.log_path = log_path
         self.may_complain = False
         arguments = ["serve", "--port", "0", *flags]
@@ -125,13 +129,31 @@ class ServerProcess:
                     [sys.executable, "-m", "vmalloc.cli", *arguments],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=REPOSITORY,
+                    cwd=ROOT,
                     env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
                 )
         self._http: httpx.Client | None = None
         self._address: tuple[int, str | None] | None = None
         if waits:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.kill()
+                raise
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if exc_type is not None:
+            self.kill()
+            return
+        assert self.stop() == 0, self.log
 
     @property
     def log(self) -> str:
@@ -235,7 +257,7 @@ class ServerProcess:
 
         self._wait_until(is_idle, "it is idle")
 
-    def end(self, how: int = signal.SIGTERM) -> int:
+    def stop(self, how: int = signal.SIGTERM) -> int:
         """Send a signal and wait; its exit code, negative for a signal."""
         if self._http is not None:
             self._http.close()

@@ -13,7 +13,7 @@ import pytest
 
 from tests.server.app_thread import AppThread, make_state
 from tests.server.faults import fail_every_step, load_for_ever
-from tests.server.process import REPOSITORY, ServerProcess, assert_error, wait_until
+from tests.server.process import ROOT, ServerProcess, assert_error, wait_until
 from vmalloc.engine import LLMEngine, StartupPhases, load_engine
 
 EXIT_BAD_INPUT = 2
@@ -59,7 +59,7 @@ class TestStart:
             (["--kv-cache-memory-bytes", "1"], "the cap holds 0 pages"),
             (["--port", "99999"], "99999"),
             (["--chat-template", "/nowhere/template"], "/nowhere/template"),
-            (["--ssl-certfile", str(REPOSITORY / "README.md")], "ssl_keyfile"),
+            (["--ssl-certfile", str(ROOT / "README.md")], "ssl_keyfile"),
             (["--no-such-flag"], "--no-such-flag"),
         ],
     )
@@ -88,7 +88,7 @@ class TestStart:
         server = start_server(waits=False, prepare=load_for_ever)
         response = server.http.get("/health")
         assert (response.status_code, response.json()["startup_phase"]) == (503, "load weights")
-        assert server.end() == 0
+        assert server.stop() == 0
 
     def test_two_signals_while_it_loads_end_it(
         self, start_server: Callable[..., ServerProcess]
@@ -118,7 +118,7 @@ class TestUnixSocket:
         assert path.is_socket()
         third = start_server("--uds", str(path))
         assert third.text()
-        assert third.end() == 0
+        assert third.stop() == 0
         assert not path.exists()
 
     def test_a_file_that_is_no_socket_stays(
@@ -180,7 +180,7 @@ class TestHealth:
             response = server.post("/v1/completions", prompt="x")
             assert_error(response, 503)
         wait_until(lambda: server.http.get("/health").json()["status"] == "dead", "it is dead")
-        assert server.end() == 1
+        assert server.stop() == 1
 
 
 class TestSleep:
