@@ -259,12 +259,12 @@ class ServerProcess:
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Send a signal and wait; its exit code, negative for a signal."""
-        if self._http is not None:
-            self._http.close()
-            self._http = None
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(DEADLINE_SECONDS)
+        if self._http is not None:
+            self._http.close()
+            self._http = None
         if not self.may_complain:
             assert "Traceback" not in self.log, self.log
         return code
