@@ -17,7 +17,7 @@ from .logprobs import LogprobFormat
 from .protocol.messages import ChatMessage
 from .protocol.sampling import SamplingFields
 from .protocol.tools import FunctionDefinition, NamedTool
-from .sampling import check_room, sampling_params, value
+from .sampling import check_room, form_names, sampling_params, value
 from .state import ServerState
 from .tools import ToolPlan, plan_tools
 
@@ -204,6 +204,5 @@ def _field_names(task: ChatTask, tools: ToolPlan | None) -> dict[str, str]:
     elif fields.response_format is not None:
         names["json"] = task.form_name
     else:
-        given = ("json", "regex", "choice", "grammar")
-        names |= {kind: f"guided_{kind}" for kind in given if getattr(fields, f"guided_{kind}")}
+        names |= form_names(fields)
     return names

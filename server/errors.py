@@ -152,8 +152,10 @@ def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiErro
     return failure
 
 
-def kv_exhausted(message: str) -> ApiError:
-    """A request that the engine ended as the KV cache cannot hold it."""
+def output_error(message: str, kind: str | None) -> ApiError:
+    """A request that the engine ended: the KV cache cannot hold it, or it left no way to go on."""
+    if kind == "request":
+        return ApiError(400, message, code="cannot_generate")
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
 
 

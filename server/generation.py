@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine import ConfigError, EngineRequest, RequestOutput, RequestStream
 from .disconnect import ClientDisconnectedError, run_while_connected
-from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error, kv_exhausted, renamed_error
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error, output_error, renamed_error
 from .logs import log_prompts
 from .request_record import RequestRecord
 from .sse import HEADERS, KEEP_ALIVE
@@ -105,7 +105,7 @@ async def submitted(
 def check_output(output: RequestOutput) -> None:
     """Raise ``ApiError`` for an output that ended with an error."""
     if output.error is not None:
-        raise kv_exhausted(output.error)
+        raise output_error(output.error, output.error_kind)
 
 
 async def generate(

@@ -15,12 +15,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from datetime import datetime, timezone
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..engine import EngineRequest, SamplingParams
 from .config import LogFormat
 from .request_id import request_id_var
 from .request_record import RequestRecord
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10's has no parameter
+    _StreamHandler = logging.StreamHandler
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ def setup_logs(log_format: LogFormat, stream: TextIO | None = None) -> logging.H
     return handler
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(_StreamHandler):
     """Ours, to be found again."""
 
 

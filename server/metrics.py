@@ -17,8 +17,8 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    generate_latest,
 )
-from prometheus_client.exposition import choose_encoder
 
 from ..engine import AsyncLLMEngine, RequestMetrics, RequestOutput, SamplingParams
 from .engine_collector import EngineCollector
@@ -228,10 +228,12 @@ class ServerMetrics:
         self._http_requests.labels(method, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The figures as text, and its content type, as an ``Accept`` header wants it."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+    def render(self) -> bytes:
+        """The figures in Prometheus' text format.
+
+        Not in OpenMetrics', which would turn ``vllm:`` into ``vllm_``.
+        """
+        return generate_latest(self._registry)
 
 
 def _reason(output: RequestOutput) -> str:

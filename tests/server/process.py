@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -276,6 +277,18 @@ class ServerProcess:
             self.process.wait()
         if self._http is not None:
             self._http.close()
+
+
+@contextmanager
+def running_server(*flags: str) -> Iterator[ServerProcess]:
+    """A server that ends well, for fixtures of any scope."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = ServerProcess(Path(folder) / "server.log", *flags)
+        try:
+            yield server
+            assert server.end() == 0, server.log
+        finally:
+            server.kill()
 
 
 class Stream:

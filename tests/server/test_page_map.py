@@ -28,7 +28,8 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with running_server(
+    settings = ("--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16")
+    with running_server(*settings) as process:
         "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"
     ) as process:
         yield process
