@@ -24,7 +24,7 @@ import httpx
 DEADLINE_SECONDS = 120.0
 """Only bounds a hang: two cores may be busy with something else."""
 
-ROOT = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[2]
 _LISTENING = re.compile(r"listening on (?:http://127\.0\.0\.1:(\d+)|unix:(\S+))")
 _SAMPLE = re.compile(r"([a-z][\w:]*)(?:\{(.*)\})? (\S+)")
 
@@ -130,7 +130,7 @@ class ServerProcess:
                     [sys.executable, "-m", "vmalloc.cli", *arguments],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=ROOT,
+                    cwd=REPOSITORY,
                     env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
                 )
         self._http: httpx.Client | None = None

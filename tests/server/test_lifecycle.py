@@ -13,7 +13,7 @@ import pytest
 
 from tests.server.app_thread import AppThread, make_state
 from tests.server.faults import fail_every_step, load_for_ever
-from tests.server.process import ROOT, ServerProcess, assert_error, wait_until
+from tests.server.process import REPOSITORY, ServerProcess, assert_error, wait_until
 from vmalloc.engine import LLMEngine, StartupPhases, load_engine
 
 EXIT_BAD_INPUT = 2
@@ -59,7 +59,7 @@ class TestStart:
             (["--kv-cache-memory-bytes", "1"], "the cap holds 0 pages"),
             (["--port", "99999"], "99999"),
             (["--chat-template", "/nowhere/template"], "/nowhere/template"),
-            (["--ssl-certfile", str(ROOT / "README.md")], "ssl_keyfile"),
+            (["--ssl-certfile", str(REPOSITORY / "README.md")], "ssl_keyfile"),
             (["--no-such-flag"], "--no-such-flag"),
         ],
     )

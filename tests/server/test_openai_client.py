@@ -15,7 +15,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
-from tests.server.process import ROOT, ServerProcess
+from tests.server.process import REPOSITORY, ServerProcess
 
 GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0}
 CHAT: list[Any] = [
@@ -382,7 +382,7 @@ def _curl_examples() -> list[tuple[str, str]]:
     """Commands with curl in the documents, with the lines they go on in."""
     found = []
     for name in ("README.md", "docs/openai-api.md"):
-        path = ROOT / name
+        path = REPOSITORY / name
         if not path.exists():
             continue
         for block in re.findall(r"```(?:console|sh|bash|shell)\n(.*?)```", path.read_text(), re.S):

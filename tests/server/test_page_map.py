@@ -30,8 +30,6 @@ KEY = "a-key"
 def server() -> Iterator[ServerProcess]:
     settings = ("--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16")
     with running_server(*settings) as process:
-        "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"
-    ) as process:
         yield process
 
 
