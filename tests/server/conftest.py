@@ -29,7 +29,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         yield start
         for server in servers:
             if server.process.poll() is None:
-                assert server.stop() == 0, server.log
+                assert server.end() == 0, server.log
     finally:
         for server in servers:
             server.kill()
@@ -48,7 +48,7 @@ def shared_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerP
     try:
         yield server
         server.wait_idle()
-        assert server.stop() == 0, server.log
+        assert server.end() == 0, server.log
     finally:
         server.kill()
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -92,11 +91,11 @@ def _run_forked(arguments: list[str], log_path: str, prepare: Callable[[], None]
 
 
 class ServerProcess:
-    """A server and what it wrote; ``with`` ends it, and it must end well.
+    """A server and what it wrote.
 
     Args:
         flags: of ``vmalloc serve``; the port is a free one.
-        log_path: where its output goes; None: to a file of its own.
+        log_path: where its output goes.
         waits: for ``/ready``; else for nothing.
         is_forked: save the time of the imports; else ``python -m vmalloc.cli`` is started.
         prepare: a function of a module that the forked process runs first.
@@ -110,13 +109,11 @@ class ServerProcess:
     def __init__(
         self,
         *flags: str,
-        log_path: Path | None = None,
+        log_path: Path,
         waits: bool = True,
         is_forked: bool = True,
         prepare: Callable[[], None] | None = None,
     ) -> None:
-        if log_path is None:
-            log_path = Path(tempfile.mkdtemp(prefix="vmalloc-server-")) / "log"
         self.log_path = log_path
         self.may_complain = False
         arguments = ["serve", "--port", "0", *flags]
@@ -141,20 +138,6 @@ class ServerProcess:
             except BaseException:
                 self.kill()
                 raise
-
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if exc_type is not None:
-            self.kill()
-            return
-        assert self.stop() == 0, self.log
 
     @property
     def log(self) -> str:
@@ -258,7 +241,7 @@ class ServerProcess:
 
         self._wait_until(is_idle, "it is idle")
 
-    def stop(self, how: int = signal.SIGTERM) -> int:
+    def end(self, how: int = signal.SIGTERM) -> int:
         """Send a signal and wait; its exit code, negative for a signal."""
         if self.process.poll() is None:
             self.process.send_signal(how)
@@ -283,7 +266,7 @@ class ServerProcess:
 def running_server(*flags: str) -> Iterator[ServerProcess]:
     """A server that ends well, for fixtures of any scope."""
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(Path(folder) / "server.log", *flags)
+        server = ServerProcess(*flags, log_path=Path(folder) / "server.log")
         try:
             yield server
             assert server.end() == 0, server.log

@@ -88,7 +88,7 @@ class TestStart:
         server = start_server(waits=False, prepare=load_for_ever)
         response = server.http.get("/health")
         assert (response.status_code, response.json()["startup_phase"]) == (503, "load weights")
-        assert server.stop() == 0
+        assert server.end() == 0
 
     def test_two_signals_while_it_loads_end_it(
         self, start_server: Callable[..., ServerProcess]
@@ -118,7 +118,7 @@ class TestUnixSocket:
         assert path.is_socket()
         third = start_server("--uds", str(path))
         assert third.text()
-        assert third.stop() == 0
+        assert third.end() == 0
         assert not path.exists()
 
     def test_a_file_that_is_no_socket_stays(
@@ -180,7 +180,7 @@ class TestHealth:
             response = server.post("/v1/completions", prompt="x")
             assert_error(response, 503)
         wait_until(lambda: server.http.get("/health").json()["status"] == "dead", "it is dead")
-        assert server.stop() == 1
+        assert server.end() == 1
 
 
 class TestSleep:

@@ -200,7 +200,7 @@ def test_a_client_that_never_reads_stops_nobody(
     # Their answers are made, and wait for them.
     server._wait_until(lambda: server.metric("vmalloc_live_requests") == 0, "they are answered")
     assert server.http.get("/health").status_code == 200
-    assert server.stop() == 0
+    assert server.end() == 0
     for sock in deaf:
         sock.close()
 

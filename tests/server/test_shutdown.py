@@ -37,14 +37,14 @@ def test_sigterm_under_load(start_server: Callable[..., ServerProcess]) -> None:
         assert stream.failure is None
         assert (stream.text, stream.finish_reason, stream.is_done) == (expected, "length", True)
     assert server.process.wait(DEADLINE_SECONDS) == 0
-    assert server.stop() == 0
+    assert server.end() == 0
 
 
 def test_requests_that_take_too_long_are_told(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--shutdown-timeout", "0.3")
     stream = Stream(server, max_tokens=1900)
     stream.wait_text()
-    assert server.stop() == 0
+    assert server.end() == 0
     stream.join()
     assert stream.failure is None
     assert stream.error is not None
@@ -62,7 +62,7 @@ def test_a_second_signal_ends_at_once(
     server.process.send_signal(number)
     server._wait_until(lambda: server.http.get("/ready").status_code == 503, "it drains")
     started = time.monotonic()
-    assert server.stop(number) == 1
+    assert server.end(number) == 1
     # Generous: those requests would take minutes.
     assert time.monotonic() - started < 60
     for stream in streams:
@@ -112,7 +112,7 @@ def test_kill_leaves_nothing_and_a_restart_finds_its_place(
     assert uds.is_socket()  # the one thing that a killed process cannot take away
     again = start_server("--uds", str(uds))
     assert again.text()
-    assert again.stop() == 0
+    assert again.end() == 0
     assert not uds.exists()
 
 
