@@ -177,6 +177,10 @@ class LLMEngine:
         """Whether ``step`` has work."""
         return self._scheduler.has_unfinished or bool(self._ended)
 
+    def prepare_structured_outputs(self) -> None:
+        """Do now what the first structured output would wait for, if there can be any."""
+        self._reader.prepare_structured_outputs()
+
     def check_request(self, prompt: Prompt, params: SamplingParams | None = None) -> dict[str, Any]:
         """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing.
 

@@ -27,6 +27,7 @@ from . import (
     tokenization_routes,
 )
 from .access import AccessMiddleware
+from .api_description import DescribedApp
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import FailureMiddleware, install_error_handlers
@@ -60,7 +61,7 @@ def create_app(
                 task.cancel()
             await state.close()
 
-    app = FastAPI(
+    app = DescribedApp(
         title="vmalloc",
         version=__version__,
         description="An OpenAI-compatible endpoint whose KV cache is virtual memory.",

@@ -23,6 +23,7 @@ from ..engine import (
     AsyncLLMEngine,
     ConfigError,
     EngineConfig,
+    LLMEngine,
     StartupPhase,
     StartupPhases,
     VmallocError,
@@ -64,8 +65,15 @@ def serve(
     setup_logs(server_config.log_format)
     listener = listen(server_config)
     phases = StartupPhases(on_finished=_log_phase)
+
+    def load(phases: StartupPhases) -> LLMEngine:
+        loaded = load_engine(model, tokenizer, engine_config, phases=phases)
+        with phases.phase("prepare structured outputs"):
+            loaded.prepare_structured_outputs()
+        return loaded
+
     engine = AsyncLLMEngine(
-        lambda phases: load_engine(model, tokenizer, engine_config, phases=phases),
+        load,
         max_queued_requests=server_config.max_queued_requests,
         queue_timeout_s=server_config.queue_timeout_s,
         release_idle_after_s=server_config.release_idle_after_s,

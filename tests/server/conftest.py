@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.server.process import ServerProcess
+from tests.server.running import SETTINGS, RunningServer
+from vmalloc.engine import LLM
 
 StartServer = Callable[..., ServerProcess]
 
@@ -60,3 +62,19 @@ def shared_server(shared_process: ServerProcess) -> Iterator[ServerProcess]:
     yield shared_process
     shared_process.wait_idle()
     assert shared_process.text() == before
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[RunningServer]:
+    """A server; at the end nothing may run in it."""
+    running = RunningServer()
+    yield running
+    running.wait_idle()
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def demo_llm() -> Iterator[LLM]:
+    """The same model and settings without a server."""
+    with LLM("demo", **SETTINGS) as offline:
+        yield offline

@@ -13,12 +13,10 @@ import pydantic
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from tests.server.running import RunningServer, llm, server
+from tests.server.running import RunningServer
 from vmalloc.engine import LLM, SamplingParams
 from vmalloc.server.protocol.base import field_classes
 from vmalloc.server.protocol.chat import ChatRequest
-
-__all__ = ["llm", "server"]
 
 CHAT = "/v1/chat/completions"
 ASK: list[Any] = [
@@ -29,8 +27,8 @@ PROMPT = "<|bos|><|system|>Be brief.<|user|>Tell me about the cache.<|assistant|
 
 
 @pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+def client(demo_server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=demo_server.url + "/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -49,11 +47,11 @@ def joined(chunks: list[Any], index: int = 0) -> str:
     return "".join(one["delta"].get("content", "") for one in choices if one["index"] == index)
 
 
-def test_a_greedy_answer_is_the_engine_s(client: openai.OpenAI, llm: LLM) -> None:
+def test_a_greedy_answer_is_the_engine_s(client: openai.OpenAI, demo_llm: LLM) -> None:
     answer = client.chat.completions.create(
         model="demo", messages=ASK, temperature=0, max_tokens=20
     )
-    expected = offline(llm, temperature=0.0, max_tokens=20)
+    expected = offline(demo_llm, temperature=0.0, max_tokens=20)
     (choice,) = answer.choices
     assert answer.id.startswith("chatcmpl-")
     assert (answer.object, answer.model) == ("chat.completion", "demo")
@@ -69,7 +67,7 @@ def test_a_greedy_answer_is_the_engine_s(client: openai.OpenAI, llm: LLM) -> Non
 
 
 def test_seeded_answers_and_their_logprobs_are_the_engine_s(
-    client: openai.OpenAI, llm: LLM
+    client: openai.OpenAI, demo_llm: LLM
 ) -> None:
     answer = client.chat.completions.create(
         model="demo",
@@ -85,7 +83,7 @@ def test_seeded_answers_and_their_logprobs_are_the_engine_s(
         stop=["zzz"],
     )
     expected = offline(
-        llm,
+        demo_llm,
         seed=7,
         n=3,
         max_tokens=6,
@@ -112,7 +110,7 @@ def test_seeded_answers_and_their_logprobs_are_the_engine_s(
     assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)  # once, whatever n is
 
 
-def test_a_stream_is_the_plain_answer_in_pieces(server: RunningServer) -> None:
+def test_a_stream_is_the_plain_answer_in_pieces(demo_server: RunningServer) -> None:
     body = {
         "messages": ASK,
         "seed": 5,
@@ -122,8 +120,8 @@ def test_a_stream_is_the_plain_answer_in_pieces(server: RunningServer) -> None:
         "top_logprobs": 1,
         "return_token_ids": True,
     }
-    plain = server.post(CHAT, **body).json()
-    chunks = server.stream(CHAT, **body, stream_options={"include_usage": True})
+    plain = demo_server.post(CHAT, **body).json()
+    chunks = demo_server.stream(CHAT, **body, stream_options={"include_usage": True})
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
     for index, chunk in enumerate(chunks[:2]):  # the roles come first
@@ -152,9 +150,9 @@ def test_a_stream_is_the_plain_answer_in_pieces(server: RunningServer) -> None:
         assert chunks[-1]["usage"][name] == plain["usage"][name]
 
 
-def test_usage_can_come_with_every_chunk(server: RunningServer) -> None:
+def test_usage_can_come_with_every_chunk(demo_server: RunningServer) -> None:
     options = {"include_usage": False, "continuous_usage_stats": True}
-    chunks = server.stream(
+    chunks = demo_server.stream(
         CHAT, messages=ASK, max_tokens=4, ignore_eos=True, stream_options=options
     )
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
@@ -189,7 +187,7 @@ def test_the_client_parses_an_answer_of_a_schema(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_answers_are_json_where_they_must_be(server: RunningServer) -> None:
+def test_answers_are_json_where_they_must_be(demo_server: RunningServer) -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [1, 2]}},
@@ -198,19 +196,21 @@ def test_answers_are_json_where_they_must_be(server: RunningServer) -> None:
     }
     named = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     for form in (named, {"type": "text"}):
-        answer = server.post(CHAT, messages=ASK, response_format=form, max_tokens=30)
+        answer = demo_server.post(CHAT, messages=ASK, response_format=form, max_tokens=30)
         assert answer.status_code == 200
         text = answer.json()["choices"][0]["message"]["content"]
         if form is named:
             fastjsonschema.compile(schema)(json.loads(text))
-    answer = server.post(CHAT, messages=ASK, response_format={"type": "json_object"}, max_tokens=9)
+    answer = demo_server.post(
+        CHAT, messages=ASK, response_format={"type": "json_object"}, max_tokens=9
+    )
     text = answer.json()["choices"][0]["message"]["content"]
     assert text.lstrip().startswith("{")
 
 
-def test_an_answer_is_as_long_as_the_context_holds(server: RunningServer) -> None:
+def test_an_answer_is_as_long_as_the_context_holds(demo_server: RunningServer) -> None:
     words = "word " * 1000
-    answer = server.post(
+    answer = demo_server.post(
         CHAT, messages=[{"role": "user", "content": words}], ignore_eos=True
     ).json()
     assert answer["usage"]["prompt_tokens"] > 1900  # so that it does not take long
@@ -218,7 +218,9 @@ def test_an_answer_is_as_long_as_the_context_holds(server: RunningServer) -> Non
     assert answer["usage"]["total_tokens"] == 2048
 
 
-def test_a_message_can_be_gone_on_with_and_echoed(server: RunningServer, llm: LLM) -> None:
+def test_a_message_can_be_gone_on_with_and_echoed(
+    demo_server: RunningServer, demo_llm: LLM
+) -> None:
     begun = "The cache is"
     body: dict[str, Any] = {
         "messages": [*ASK, {"role": "assistant", "content": begun}],
@@ -226,53 +228,55 @@ def test_a_message_can_be_gone_on_with_and_echoed(server: RunningServer, llm: LL
         "max_tokens": 8,
         "continue_final_message": True,
     }
-    expected = offline(llm, PROMPT + begun, temperature=0.0, max_tokens=8).outputs[0].text
-    plain = server.post(CHAT, **body).json()["choices"][0]["message"]["content"]
+    expected = offline(demo_llm, PROMPT + begun, temperature=0.0, max_tokens=8).outputs[0].text
+    plain = demo_server.post(CHAT, **body).json()["choices"][0]["message"]["content"]
     assert plain == expected
-    echoed = server.post(CHAT, **body, echo=True).json()["choices"][0]["message"]["content"]
+    echoed = demo_server.post(CHAT, **body, echo=True).json()["choices"][0]["message"]["content"]
     assert echoed == begun + expected
-    assert joined(server.stream(CHAT, **body, echo=True)) == begun + expected
+    assert joined(demo_server.stream(CHAT, **body, echo=True)) == begun + expected
 
 
-def test_text_parts_are_lines(server: RunningServer) -> None:
+def test_text_parts_are_lines(demo_server: RunningServer) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     counts = [
-        server.post("/tokenize", messages=[{"role": "user", "content": content}]).json()["tokens"]
+        demo_server.post("/tokenize", messages=[{"role": "user", "content": content}]).json()[
+            "tokens"
+        ]
         for content in (parts, "one\ntwo")
     ]
     assert counts[0] == counts[1]
 
 
-def test_tokenize_sees_a_chat_as_chats_do(server: RunningServer, llm: LLM) -> None:
-    tokens = server.post("/tokenize", messages=ASK, return_token_strs=True).json()
-    assert tokens["tokens"] == prompt_ids(llm)["prompt_token_ids"]
+def test_tokenize_sees_a_chat_as_chats_do(demo_server: RunningServer, demo_llm: LLM) -> None:
+    tokens = demo_server.post("/tokenize", messages=ASK, return_token_strs=True).json()
+    assert tokens["tokens"] == prompt_ids(demo_llm)["prompt_token_ids"]
     assert tokens["token_strs"][:2] == ["<|bos|>", "<|system|>"]
-    answer = server.post(CHAT, messages=ASK, max_tokens=1, return_token_ids=True).json()
+    answer = demo_server.post(CHAT, messages=ASK, max_tokens=1, return_token_ids=True).json()
     assert answer["prompt_token_ids"] == tokens["tokens"]
-    bare = server.post("/tokenize", messages=ASK, add_generation_prompt=False).json()
+    bare = demo_server.post("/tokenize", messages=ASK, add_generation_prompt=False).json()
     assert bare["tokens"] == tokens["tokens"][:-1]
 
 
-def test_a_chat_s_beginning_is_cached(server: RunningServer) -> None:
+def test_a_chat_s_beginning_is_cached(demo_server: RunningServer) -> None:
     long = [{"role": "user", "content": "A long story. " * 60}]
     body = {"messages": long, "max_tokens": 2, "cache_salt": "story"}
-    first = server.post(CHAT, **body).json()["usage"]
-    second = server.post(CHAT, **body).json()["usage"]
+    first = demo_server.post(CHAT, **body).json()["usage"]
+    second = demo_server.post(CHAT, **body).json()["usage"]
     assert first["prompt_tokens_details"]["cached_tokens"] == 0
     assert second["prompt_tokens_details"]["cached_tokens"] > first["prompt_tokens"] // 2
 
 
-def test_beams_are_the_engine_s(server: RunningServer, llm: LLM) -> None:
+def test_beams_are_the_engine_s(demo_server: RunningServer, demo_llm: LLM) -> None:
     settings = {"n": 2, "best_of": 3, "use_beam_search": True, "temperature": 0, "max_tokens": 6}
-    answer = server.post(CHAT, messages=ASK, **settings).json()
-    expected = offline(llm, **{**settings, "temperature": 0.0})
+    answer = demo_server.post(CHAT, messages=ASK, **settings).json()
+    expected = offline(demo_llm, **{**settings, "temperature": 0.0})
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert texts == [one.text for one in expected.outputs]
 
 
-def test_prompt_logprobs_are_the_engine_s(server: RunningServer, llm: LLM) -> None:
-    answer = server.post(CHAT, messages=ASK, max_tokens=1, prompt_logprobs=1).json()
-    expected = offline(llm, max_tokens=1, prompt_logprobs=1)
+def test_prompt_logprobs_are_the_engine_s(demo_server: RunningServer, demo_llm: LLM) -> None:
+    answer = demo_server.post(CHAT, messages=ASK, max_tokens=1, prompt_logprobs=1).json()
+    expected = offline(demo_llm, max_tokens=1, prompt_logprobs=1)
     token_ids = expected.prompt_token_ids
     assert answer["prompt_logprobs"][0] is None
     for place, other, token_id in zip(
@@ -281,9 +285,9 @@ def test_prompt_logprobs_are_the_engine_s(server: RunningServer, llm: LLM) -> No
         assert place[str(token_id)]["logprob"] == pytest.approx(other[token_id].logprob, abs=1e-4)
 
 
-def test_accepted_fields_change_nothing(server: RunningServer) -> None:
+def test_accepted_fields_change_nothing(demo_server: RunningServer) -> None:
     body = {"messages": ASK, "temperature": 0, "max_tokens": 5}
-    plain = server.post(CHAT, **body).json()["choices"]
+    plain = demo_server.post(CHAT, **body).json()["choices"]
     accepted = {
         "user": "u",
         "metadata": {"a": "b"},
@@ -300,7 +304,7 @@ def test_accepted_fields_change_nothing(server: RunningServer) -> None:
         "logit_bias": None,
         "max_completion_tokens": 5,
     }
-    assert server.post(CHAT, **body, **accepted).json()["choices"] == plain
+    assert demo_server.post(CHAT, **body, **accepted).json()["choices"] == plain
 
 
 def test_every_parameter_of_openai_is_in_a_class() -> None:
@@ -414,13 +418,13 @@ USER: dict[str, Any] = {"role": "user", "content": "Hi"}
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(
-    server: RunningServer, param: str, code: str | None, body: dict[str, Any]
+    demo_server: RunningServer, param: str, code: str | None, body: dict[str, Any]
 ) -> None:
     body = {name: one for name, one in {"messages": [USER], **body}.items() if one is not ...}
     for is_stream in (False, True):
         if is_stream and "stream_options" in body:
             continue
-        response = post_ascii(server, {**body, "stream": is_stream})
+        response = post_ascii(demo_server, {**body, "stream": is_stream})
         assert response.status_code == (404 if code == "model_not_found" else 400), response.text
         error = response.json()["error"]
         assert error["param"] == param, error
@@ -429,10 +433,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(
         assert set(error) == {"message", "type", "param", "code"}
 
 
-def post_ascii(server: RunningServer, body: dict[str, Any]) -> httpx.Response:
+def post_ascii(demo_server: RunningServer, body: dict[str, Any]) -> httpx.Response:
     """POST JSON that may have half surrogate pairs in it."""
     headers = {"content-type": "application/json"}
-    return server.http.post(CHAT, content=json.dumps(body), headers=headers)
+    return demo_server.http.post(CHAT, content=json.dumps(body), headers=headers)
 
 
 def test_errors_have_the_client_s_classes(client: openai.OpenAI) -> None:
@@ -444,12 +448,12 @@ def test_errors_have_the_client_s_classes(client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
 
 
-def test_a_stream_that_is_aborted_says_so(server: RunningServer) -> None:
+def test_a_stream_that_is_aborted_says_so(demo_server: RunningServer) -> None:
     body = {"messages": ASK, "ignore_eos": True, "stream": True}
-    with server.http.stream("POST", CHAT, json=body) as response:
+    with demo_server.http.stream("POST", CHAT, json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         name = json.loads(next(lines).removeprefix("data: "))["id"]
-        assert server.post("/abort", request_id=name).json() == {"num_aborted": 1}
+        assert demo_server.post("/abort", request_id=name).json() == {"num_aborted": 1}
         rest = list(lines)
     assert rest[-1] == "data: [DONE]"
     error = json.loads(rest[-2].removeprefix("data: "))["error"]

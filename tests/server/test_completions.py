@@ -14,8 +14,6 @@ from tests.server.running import DEADLINE_SECONDS, RunningServer
 from vmalloc.engine import LLM, RequestOutput, SamplingParams
 from vmalloc.server.protocol.completions import CompletionResponse
 
-pytest_plugins = ["tests.server.fixtures"]
-
 PROMPT = "def read(path):\n"
 LONG = {"max_tokens": 1900, "ignore_eos": True}
 BROKEN = {"allowed_token_ids": [166, 122, 250, 249, 240, 77], "temperature": 1.0, "seed": 3}

@@ -22,8 +22,6 @@ from vmalloc.server.logprobs import (
 from vmalloc.server.protocol.generation import TokenLogprob
 from vmalloc.server.vocabulary import Vocabulary
 
-pytest_plugins = ["tests.server.fixtures"]
-
 PROMPT = "def né(path): # 世\n"
 
 

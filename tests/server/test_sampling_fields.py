@@ -15,8 +15,6 @@ from vmalloc.server.protocol.completions import CompletionRequest
 from vmalloc.server.protocol.sampling import SamplingFields
 from vmalloc.server.sampling import sampling_params
 
-pytest_plugins = ["tests.server.fixtures"]
-
 PROMPT = "def read(path):\n"
 HUGE = 10**400
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}

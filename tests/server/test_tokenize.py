@@ -9,8 +9,6 @@ import pytest
 from tests.server.running import RunningServer
 from vmalloc.engine import LLM
 
-pytest_plugins = ["tests.server.fixtures"]
-
 
 @pytest.mark.parametrize("text", ["def f(x):\n", "né 世界 🙂", "<|user|>hi<|eos|>", ""])
 @pytest.mark.parametrize("adds", [None, True, False])

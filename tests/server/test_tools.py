@@ -355,7 +355,7 @@ def deep(levels: int) -> dict[str, Any]:
     return {"a": deep(levels - 1)} if levels else {}
 
 
-@pytest.mark.parametrize("parameters", [deep(70), {"enum": ["\ud800"]}, {"maximum": float("inf")}])
+@pytest.mark.parametrize("parameters", [deep(70), {"enum": ["\ud800"]}])
 def test_schemas_that_are_no_json_are_refused(
     tool_server: RunningServer, parameters: dict[str, Any]
 ) -> None:
