@@ -1,4 +1,4 @@
-"""A stream of one request: its reader can be cancelled at any moment, and waits no longer than told.
+"""A stream of one request: its reader can be cancelled at any moment, and waits as told.
 
 Whole engines are in test_async_engine.py.
 """
