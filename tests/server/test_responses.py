@@ -314,6 +314,8 @@ def test_nothing_is_stored(client: openai.OpenAI, server: RunningServer) -> None
             ask(made.id)
         assert (caught.value.code, caught.value.param) == ("response_not_found", "response_id")
         assert "not stored" in caught.value.message
+    refused = server.http.put(f"{PATH}/{made.id}")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET")
 
 
 def test_every_parameter_of_openai_is_in_a_class() -> None:
