@@ -438,8 +438,11 @@ class TestFaults:
         async def work() -> None:
             async with running(max_num_seqs=2) as engine:
                 await self.inject(engine, lambda seqs: True)
-                streams = [await engine.submit(str(idx), [request()]) for idx in range(20)]
-                results = await asyncio.gather(*map(read, streams), return_exceptions=True)
+
+                async def use(idx: int) -> list[str]:
+                    return await read(await engine.submit(str(idx), [request()]))
+
+                results = await asyncio.gather(*map(use, range(20)), return_exceptions=True)
                 assert all(isinstance(result, EngineUnavailableError) for result in results)
                 await until(lambda: engine.state == "dead")
                 assert engine.failure == "RuntimeError: injected fault"
