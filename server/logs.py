@@ -125,7 +125,7 @@ def log_access(record: RequestRecord, status: int, *, is_complete: bool) -> None
         if record.time_to_first_token_s is not None:
             details.append(f"the first after {record.time_to_first_token_s:.3f} s")
         if record.num_preemptions:
-            details.append(f"preempted {record.num_preemptions} times")
+            details.append(f"preempted {_times(record.num_preemptions)}")
         line += ": " + ", ".join(details)
         entry |= {
             "response_id": record.request_id,
@@ -142,6 +142,10 @@ def log_access(record: RequestRecord, status: int, *, is_complete: bool) -> None
     elif not is_complete:
         line += "; the response was cut short"
     logger.log(level, "%s", line, extra={"fields": entry})
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def log_prompts(request_id: str, requests: Sequence[EngineRequest]) -> None:

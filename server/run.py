@@ -89,7 +89,7 @@ def serve(
             Path(server_config.uds).unlink(missing_ok=True)
     if isinstance(server.start_error, VmallocError):
         raise server.start_error
-    is_clean = server.start_error is None and engine.failure is None and not server.force_exit
+    is_clean = server.start_error is None and engine.failure is None and not state.is_hurried
     code = EXIT_OK if is_clean else EXIT_FAILED
     if not engine.end(END_SECONDS):
         # It loads or hangs in a step, and Python would take itself apart under it.
@@ -133,10 +133,12 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; end at once at the second."""
-        if self._loop is None or self._state.is_draining:
+        if self._loop is None or self._state.is_hurried:
             self.should_exit = self.force_exit = True
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._abort_connections)
+            return
+        if self._state.is_draining:
+            self._state.is_hurried = self.should_exit = True
+            self._loop.call_soon_threadsafe(self._hurry, signal.Signals(sig).name)
             return
         self._state.is_draining = True
         self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
@@ -152,6 +154,11 @@ class DrainingServer(uvicorn.Server):
         assert self._loop is not None
         self._loop.call_later(FLUSH_SECONDS, self._abort_connections)
         await super().shutdown(sockets)
+
+    def _hurry(self, signal_name: str) -> None:
+        engine = self._state.engine
+        logger.warning("%s again: %d requests are given up", signal_name, engine.num_live)
+        self._abort_connections()
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):

@@ -24,6 +24,11 @@ from .page_map_feed import PageMapFeed
 from .text import TextProcessor
 from .tracing import RequestTracer
 
+CLOSE_SECONDS = 60.0
+"""Longest wait for the end of the engine's step."""
+
+HURRIED_CLOSE_SECONDS = 5.0
+
 
 class ServerState:
     """One served model.
@@ -37,6 +42,7 @@ class ServerState:
         model_names: names that requests may give the model; the first is reported.
         created: when the server started, in seconds of the Unix clock.
         is_draining: whether it is about to end; streams without an end should.
+        is_hurried: whether it is to end at once, and nobody waits for a step that hangs.
         metrics: what ``/metrics`` shows.
         tracer: what makes a span of each request, or None.
         page_map: the page map for whoever watches it.
@@ -50,6 +56,7 @@ class ServerState:
         self.model_names = config.served_model_names or (model,)
         self.created = created
         self.is_draining = False
+        self.is_hurried = False
         self.metrics = ServerMetrics(engine, model_name=self.model_name, version=__version__)
         endpoint = config.otlp_traces_endpoint
         self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
@@ -61,6 +68,11 @@ class ServerState:
     def model_name(self) -> str:
         """The name that responses report."""
         return self.model_names[0]
+
+    @property
+    def is_started(self) -> bool:
+        """Whether everything that a request needs is there."""
+        return self._text is not None
 
     @property
     def max_model_len(self) -> int | None:
@@ -107,7 +119,7 @@ class ServerState:
     async def close(self) -> None:
         """Give everything back."""
         self.is_draining = True
-        await self.engine.close()
+        await self.engine.close(HURRIED_CLOSE_SECONDS if self.is_hurried else CLOSE_SECONDS)
         if self._text is not None:
             self._text.close()
         if self.tracer is not None:

@@ -24,7 +24,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
 
     def start(*flags: str, **kwargs: object) -> ServerProcess:
         log_path = tmp_path / f"server-{len(servers)}.log"
-        servers.append(ServerProcess(log_path, *flags, **kwargs))  # type: ignore[arg-type]
+        servers.append(ServerProcess(*flags, log_path=log_path, **kwargs))  # type: ignore[arg-type]
         return servers[-1]
 
     try:
@@ -42,9 +42,9 @@ def shared_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerP
     """The process that tests share which leave a server as they found it."""
     log_path = tmp_path_factory.mktemp("server") / "server.log"
     server = ServerProcess(
-        log_path,
         *("--batch-invariant", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "67108864"),
         *("--admin-api-key", "admin-key", "--max-body-bytes", "4194304"),
+        log_path=log_path,
         is_forked=False,
     )
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import Any
 
 import vmalloc.server.run as run
 from vmalloc.engine import LLMEngine, StartupPhases
+from vmalloc.server import ServerConfig
 
 
 def load_for_ever() -> None:
@@ -27,3 +29,15 @@ def fail_every_step() -> None:
         raise MemoryError("injected")
 
     LLMEngine.step = step  # type: ignore[method-assign]
+
+
+def small_send_buffers() -> None:
+    """Connections whose kernel takes little, so that a client who does not read is felt at once."""
+    listen = run.listen
+
+    def listen_small(config: ServerConfig) -> socket.socket:
+        listener = listen(config)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    run.listen = listen_small

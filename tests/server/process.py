@@ -94,8 +94,8 @@ class ServerProcess:
     """A server and what it wrote.
 
     Args:
-        log_path: where its output goes.
         flags: of ``vmalloc serve``; the port is a free one.
+        log_path: where its output goes.
         waits: for ``/ready``; else for nothing.
         is_forked: save the time of the imports; else ``python -m vmalloc.cli`` is started.
         prepare: a function of a module that the forked process runs first.
@@ -108,8 +108,8 @@ class ServerProcess:
 
     def __init__(
         self,
-        log_path: Path,
         *flags: str,
+        log_path: Path,
         waits: bool = True,
         is_forked: bool = True,
         prepare: Callable[[], None] | None = None,
@@ -133,7 +133,11 @@ class ServerProcess:
         self._http: httpx.Client | None = None
         self._address: tuple[int, str | None] | None = None
         if waits:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.kill()
+                raise
 
     @property
     def log(self) -> str:
@@ -239,12 +243,12 @@ class ServerProcess:
 
     def end(self, how: int = signal.SIGTERM) -> int:
         """Send a signal and wait; its exit code, negative for a signal."""
-        if self._http is not None:
-            self._http.close()
-            self._http = None
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(DEADLINE_SECONDS)
+        if self._http is not None:
+            self._http.close()
+            self._http = None
         if not self.may_complain:
             assert "Traceback" not in self.log, self.log
         return code
@@ -262,7 +266,7 @@ class ServerProcess:
 def running_server(*flags: str) -> Iterator[ServerProcess]:
     """A server that ends well, for fixtures of any scope."""
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(Path(folder) / "server.log", *flags)
+        server = ServerProcess(*flags, log_path=Path(folder) / "server.log")
         try:
             yield server
             assert server.end() == 0, server.log

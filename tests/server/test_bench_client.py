@@ -221,6 +221,7 @@ def test_no_more_are_under_way_than_asked_for(server: RunningServer) -> None:
     def watch() -> None:
         while not done.is_set():
             seen.append(value(scrape(server), "vmalloc_live_requests"))
+            done.wait(0.02)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -6,24 +6,26 @@ import io
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.server.running import RunningServer
+from tests.server.running import DEADLINE_SECONDS, RunningServer
 from vmalloc.engine import EngineRequest, LLMEngine, SamplingParams
 from vmalloc.server.config import ServerConfig
 from vmalloc.server.logs import JsonFormatter, TextFormatter, log_prompts, one_line, setup_logs
 from vmalloc.server.request_id import request_id_var
 from vmalloc.server.stats_log import StatsLog
 
+Lines = Callable[[], list[dict[str, Any]]]
 KEY = "a-very-secret-key"
 PROMPT = "class Secret:"
 
 
 @pytest.fixture
-def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+def lines() -> Iterator[Lines]:
     """Everything that the process logs meanwhile, as JSON."""
     stream = io.StringIO()
     handler = setup_logs("json", stream)
@@ -33,7 +35,8 @@ def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    running = RunningServer(ServerConfig(port=0, api_keys=(KEY,)))
+    # The lines of figures are asked for where they are tested.
+    running = RunningServer(ServerConfig(port=0, api_keys=(KEY,), log_stats=False))
     running.http.headers["authorization"] = f"Bearer {KEY}"
     yield running
     running.wait_idle()
@@ -44,8 +47,13 @@ def record_of(message: str, *args: object, **kwargs: Any) -> logging.LogRecord:
     return logging.LogRecord("vmalloc.x", logging.INFO, "x.py", 1, message, args, **kwargs)
 
 
-def access_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if "status" in line]
+def access_lines(lines: Lines, count: int) -> list[dict[str, Any]]:
+    """The lines of so many responses; each is written just after its client has the response."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while len(found := [line for line in lines() if "status" in line]) < count:
+        assert time.monotonic() < deadline, f"{len(found)} lines, not {count}"
+        time.sleep(0.01)
+    return found
 
 
 def test_a_text_line_names_its_request() -> None:
@@ -85,13 +93,13 @@ def test_an_exception_keeps_its_traceback_in_both_forms() -> None:
     assert json.loads(JsonFormatter().format(record))["exception"].endswith("the reason")
 
 
-def test_a_request_has_one_line_with_its_figures(server: RunningServer, lines: Any) -> None:
+def test_a_request_has_one_line_with_its_figures(server: RunningServer, lines: Lines) -> None:
     answer = server.http.post(
         "/v1/completions",
         json={"model": "demo", "prompt": PROMPT, "max_tokens": 6, "ignore_eos": True},
         headers={"x-request-id": "my-request"},
     ).json()
-    (line,) = access_lines(lines())
+    (line,) = access_lines(lines, 1)
     assert line["request_id"] == "my-request"
     assert line["response_id"] == answer["id"]
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
@@ -102,18 +110,18 @@ def test_a_request_has_one_line_with_its_figures(server: RunningServer, lines: A
     assert "6 tokens written" in line["message"]
 
 
-def test_a_streamed_request_is_logged_at_its_end(server: RunningServer, lines: Any) -> None:
+def test_a_streamed_request_is_logged_at_its_end(server: RunningServer, lines: Lines) -> None:
     server.stream(model="demo", prompt=PROMPT, max_tokens=9, ignore_eos=True)
     server.wait_idle()
-    (line,) = access_lines(lines())
+    (line,) = access_lines(lines, 1)
     assert line["generation_tokens"] == 9
     assert "cut short" not in line["message"]
 
 
-def test_errors_are_logged_with_their_status(server: RunningServer, lines: Any) -> None:
+def test_errors_are_logged_with_their_status(server: RunningServer, lines: Lines) -> None:
     server.http.get("/no/such?key=abcdef")
     server.http.get("/v1/models", headers={"authorization": "Bearer wrong-key"})
-    logged = access_lines(lines())
+    logged = access_lines(lines, 2)
     assert [(line["path"], line["status"]) for line in logged] == [
         ("/no/such", 404),
         ("/v1/models", 401),
@@ -121,23 +129,25 @@ def test_errors_are_logged_with_their_status(server: RunningServer, lines: Any) 
     assert "abcdef" not in json.dumps(lines())
 
 
-def test_what_monitors_ask_for_is_left_out(server: RunningServer, lines: Any) -> None:
+def test_what_monitors_ask_for_is_left_out(server: RunningServer, lines: Lines) -> None:
     for path in ("/health", "/ready", "/metrics", "/version"):
         assert server.http.get(path).status_code == 200
-    assert access_lines(lines()) == []
+    server.http.get("/v1/models")
+    (line,) = access_lines(lines, 1)
+    assert line["path"] == "/v1/models"
 
 
-def test_no_prompt_no_text_and_no_key_is_logged(server: RunningServer, lines: Any) -> None:
+def test_no_prompt_no_text_and_no_key_is_logged(server: RunningServer, lines: Lines) -> None:
     answer = server.complete(model="demo", prompt=PROMPT, max_tokens=8, temperature=0)
     server.stream(model="demo", prompt=PROMPT, max_tokens=8, temperature=0)
     server.post("/v1/completions", model="demo", prompt=PROMPT, max_tokens=10**6)
+    assert len(access_lines(lines, 3)) == 3
     logged = json.dumps(lines())
-    assert lines()
     for secret in (PROMPT, KEY, "wrong-key", json.dumps(answer["choices"][0]["text"])[1:-1]):
         assert secret not in logged
 
 
-def test_prompts_are_logged_where_it_is_asked_for_and_cut(lines: Any) -> None:
+def test_prompts_are_logged_where_it_is_asked_for_and_cut(lines: Lines) -> None:
     running = RunningServer(ServerConfig(port=0, log_requests=True, api_keys=(KEY,)))
     running.http.headers["authorization"] = f"Bearer {KEY}"
     try:
@@ -172,7 +182,7 @@ def test_long_prompts_are_cut() -> None:
     assert named.count("6, ") == 20
 
 
-def test_uvicorns_loggers_go_through_ours(lines: Any) -> None:
+def test_uvicorns_loggers_go_through_ours(lines: Lines) -> None:
     logging.getLogger("uvicorn.error").warning("from uvicorn")
     logging.getLogger("uvicorn.error").info("noise")
     assert [line["message"] for line in lines()] == ["from uvicorn"]
@@ -188,7 +198,7 @@ def test_a_second_set_up_replaces_the_first() -> None:
     assert second.getvalue().count("once") == 1
 
 
-def test_the_line_of_figures_comes_while_there_is_work(server: RunningServer, lines: Any) -> None:
+def test_the_line_of_figures_comes_while_there_is_work(server: RunningServer, lines: Lines) -> None:
     log = StatsLog(server.state.engine, stats_s=0.0)
     log.look()
     server.wait_idle()
@@ -221,9 +231,10 @@ def wait_for_tokens(server: RunningServer, num_tokens: int) -> None:
             return
 
 
-def test_a_burst_of_preemptions_is_one_line(lines: Any) -> None:
+def test_a_burst_of_preemptions_is_one_line(lines: Lines) -> None:
     page = 4096
     running = RunningServer(
+        ServerConfig(port=0, log_stats=False),
         page_size=page,
         kv_cache_memory_bytes=100 * page,
         preemption_mode="recompute",

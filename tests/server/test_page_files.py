@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .process import ROOT
+from .process import REPOSITORY
 from .running import RunningServer
 
-PAGE = ROOT / "server" / "page"
+PAGE = REPOSITORY / "server" / "page"
 FILES = sorted(path.name for path in PAGE.iterdir())
 
 

@@ -160,11 +160,24 @@ def test_nothing_is_computed_once_the_clients_left() -> None:
         running.close()
 
 
+def test_an_idle_server_gives_pages_back_although_somebody_watches() -> None:
+    settings = ("--no-enable-prefix-caching", "--release-idle-after", "0.5")
+    with running_server(*settings, "--kv-cache-memory-bytes", str(16 << 20)) as process:
+        stream = events(process.url)
+        next(stream)
+        process.complete("import os", max_tokens=200)
+        for frame in stream:
+            totals = frame["totals"]
+            if totals["generated_tokens"] == 200 and not frame["map"]["slots"]:
+                break
+        assert totals["free_pages"] == 0
+
+
 def test_the_stream_does_not_keep_a_server_alive() -> None:
     with running_server("--kv-cache-memory-bytes", str(16 << 20)) as process:
         stream = events(process.url)
         assert next(stream)
-        assert process.stop() == 0
+        assert process.end() == 0
         list(stream)  # it ended, in order
 
 
