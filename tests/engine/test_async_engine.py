@@ -329,6 +329,16 @@ class TestEnd:
 
         run(work())
 
+    def test_a_drain_wakes_a_sleeper_for_those_who_wait(self) -> None:
+        async def work() -> None:
+            async with running() as engine:
+                stream = await engine.submit("0", [request(PROMPTS[0])])
+                await engine.call(LLMEngine.sleep)
+                assert await engine.drain(HANG_SECONDS)
+                assert (await read(stream))[0] == reference()[0]
+
+        run(work())
+
     def test_a_drain_ends_in_time_and_a_close_tells_who_is_left(self) -> None:
         async def work() -> None:
             async with running() as engine:
