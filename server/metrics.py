@@ -39,6 +39,8 @@ HTTP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 600.0)
 MAX_COUNTED_TOKENS = 1_000_000
 """Largest bucket of token counts; vLLM ends at the model's context, not known before it loads."""
 
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
+
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -224,7 +226,11 @@ class ServerMetrics:
             self._admission_rejections.inc()
 
     def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A response is over. ``route``: the path as declared, so that there are few."""
+        """A response is over. ``route``: the path as declared, so that there are few.
+
+        Methods that nobody knows are counted as ``other``: any word may be one.
+        """
+        method = method if method in HTTP_METHODS else "other"
         self._http_requests.labels(method, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 

@@ -7,12 +7,14 @@ Thread-safety: none; the main thread.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import signal
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -138,10 +140,17 @@ class DrainingServer(uvicorn.Server):
             return
         if self._state.is_draining:
             self._state.is_hurried = self.should_exit = True
-            self._loop.call_soon_threadsafe(self._hurry, signal.Signals(sig).name)
+            self._on_loop(self._hurry, sig)
             return
         self._state.is_draining = True
-        self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
+        self._on_loop(self._start_to_drain, sig)
+
+    def _on_loop(self, function: Callable[[str], None], sig: int) -> None:
+        """Call a function with the signal's name. It interrupted some request, and is none of its
+        business: lines that it logs do not bear its id."""
+        assert self._loop is not None
+        name = signal.Signals(sig).name
+        self._loop.call_soon_threadsafe(function, name, context=contextvars.Context())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()

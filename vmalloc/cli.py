@@ -186,7 +186,7 @@ def serve(
     batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
-    model = _one_model(model_argument, model)
+    model = _one_model(context, model_argument, model)
     if as_json and not dry_run:
         raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
     _prepare_process(model)
@@ -389,7 +389,10 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError(f"output is {str(path)!r}; it cannot be written: {error}") from error
 
 
-def _one_model(argument: str | None, option: str | None) -> str:
+def _one_model(context: typer.Context, argument: str | None, option: str | None) -> str:
+    source: Any = context.get_parameter_source("model")
+    if argument is not None and source.name == "DEFAULT_MAP":  # of a config file
+        return argument
     if argument is not None and option is not None and argument != option:
         raise ConfigError(f"the model is {argument!r} and --model is {option!r}; give one of them")
     return argument or option or "demo"

@@ -88,8 +88,8 @@ Uds = Annotated[
 ServedModelName = Annotated[
     list[str] | None,
     typer.Option(
-        help="Name of the model to clients. Repeatable; answers carry the first. Default: the "
-        "name in --model.",
+        help="Name of the model to clients. Repeatable; the first is the one of metrics, and of "
+        "answers to requests without 'model'. Default: the name in --model.",
         rich_help_panel=_HTTP,
     ),
 ]

@@ -94,6 +94,8 @@ def _read_logit_bias(value: Any) -> Any:
                 least=-MAX_LOGIT_BIAS,
                 most=MAX_LOGIT_BIAS,
             )
+    if len({int(key) for key in value}) < len(value):
+        refuse("names a token twice, once with zeros before it")
     return value
 
 

@@ -369,6 +369,22 @@ def test_errors_before_a_stream_have_a_status(demo_server: RunningServer) -> Non
         assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("given", [None, "not a name"])
+def test_the_request_id_that_a_response_bears_names_it(
+    given: str | None, demo_server: RunningServer
+) -> None:
+    """Also where the server made it, as the client sent none, or one that cannot be a name."""
+    body = {"prompt": PROMPT, "stream": True, **LONG}
+    headers = {} if given is None else {"x-request-id": given}
+    with demo_server.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        name = response.headers["x-request-id"]
+        assert name != given
+        if given is not None:
+            assert demo_server.post("/abort", request_id=given).status_code == 404
+        assert demo_server.post("/abort", request_id=name).json() == {"num_aborted": 1}
+        assert "request_aborted" in response.read().decode()
+
+
 def test_an_error_in_a_stream_is_an_event(demo_server: RunningServer) -> None:
     body = {"prompt": PROMPT, "stream": True, **LONG}
     with demo_server.http.stream("POST", "/v1/completions", json=body) as response:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.server.app_thread import make_state
 from tests.server.running import DEADLINE_SECONDS, RunningServer
 from vmalloc.engine import EngineRequest, LLMEngine, SamplingParams
 from vmalloc.server.config import ServerConfig
 from vmalloc.server.logs import JsonFormatter, TextFormatter, log_prompts, one_line, setup_logs
 from vmalloc.server.request_id import request_id_var
+from vmalloc.server.run import DrainingServer
 from vmalloc.server.stats_log import StatsLog
 
 Lines = Callable[[], list[dict[str, Any]]]
@@ -180,6 +184,25 @@ def test_long_prompts_are_cut() -> None:
     assert ids.count("5, ") == 20
     assert "(1000)" in ids
     assert named.count("6, ") == 20
+
+
+def test_a_signal_is_no_business_of_the_request_that_it_interrupts() -> None:
+    seen: list[str] = []
+
+    class Server(DrainingServer):
+        def _start_to_drain(self, signal_name: str) -> None:
+            seen.append(request_id_var.get())
+
+    async def work() -> None:
+        server = Server(make_state())
+        server._loop = asyncio.get_running_loop()
+        request_id_var.set("interrupted")
+        server.handle_exit(signal.SIGTERM, None)
+        while not seen:
+            await asyncio.sleep(0)
+
+    asyncio.run(work())
+    assert seen == ["-"]
 
 
 def test_uvicorns_loggers_go_through_ours(lines: Lines) -> None:

@@ -209,6 +209,18 @@ def test_what_is_aborted_by_name_is_counted(server: RunningServer) -> None:
     assert growth(before, after, "vllm:request_success_total", finished_reason="abort") == 1
 
 
+def test_methods_that_nobody_knows_make_one_series(server: RunningServer) -> None:
+    """Each would else be kept for ever, and whoever reaches the port can think of a million."""
+    for method in ("FIRST", "SECOND", "get"):
+        server.http.request(method, "/v1/models")
+    samples = settled(server)
+    methods = {
+        dict(labels)["method"] for name, labels in samples if name == "vmalloc_http_requests_total"
+    }
+    assert "other" in methods
+    assert not {"FIRST", "SECOND", "get"} & methods
+
+
 def test_what_takes_too_long_is_counted() -> None:
     server = RunningServer(ServerConfig(port=0, request_timeout_s=0.3))
     try:

@@ -128,6 +128,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 1.0}, "seed"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+    ({"cache_salt": "s" * 1025}, "cache_salt"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logit_bias": {"5": "1"}}, "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias"),

@@ -119,6 +119,14 @@ def test_a_config_file_gives_options_and_the_command_line_wins(
     assert plan("--config", config_file(""))["max_num_seqs"] == 64
 
 
+def test_a_model_on_the_command_line_wins_over_the_one_in_a_config_file(
+    plan: Any, config_file: Callable[[str], str]
+) -> None:
+    path = config_file("model: no/such/model\n")
+    assert plan("demo", "--config", path)["model"] == "demo"
+    assert plan("--model", "demo", "--config", path)["model"] == "demo"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
