@@ -226,13 +226,19 @@ class AsyncLLMEngine:
         return await future
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Take no more requests and wait for those that there are; whether all ended in time."""
+        """Take no more requests and wait for those that there are; whether all ended in time.
+
+        An engine that sleeps is woken for them, as soon as there is memory.
+        """
         if self._state in ("starting", "running"):
             self._state = "draining"
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._prompts and self._state == "draining":
             if deadline is not None and time.monotonic() >= deadline:
                 return False
+            if self.snapshot is not None and self.snapshot.is_asleep:
+                with contextlib.suppress(EngineUnavailableError):  # it ended meanwhile
+                    await self.call(LLMEngine.wake)
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         return not self._prompts
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from pathlib import Path
 
 from .. import __version__
 from ..engine import (
     AsyncLLMEngine,
-    ConfigError,
     EngineUnavailableError,
     LLMEngine,
     RequestStream,
@@ -21,6 +19,7 @@ from ..engine import (
 from .config import ServerConfig
 from .metrics import ServerMetrics
 from .page_map_feed import PageMapFeed
+from .template_source import load_template
 from .text import TextProcessor
 from .tracing import RequestTracer
 
@@ -37,6 +36,8 @@ class ServerState:
         engine: its engine, started or not.
         config: the server's settings.
         model: what the model was loaded by.
+
+    Raises ``ConfigError`` for a chat template that is none.
 
     Attributes:
         model_names: names that requests may give the model; the first is reported.
@@ -61,6 +62,8 @@ class ServerState:
         endpoint = config.otlp_traces_endpoint
         self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
         self.page_map = PageMapFeed(engine, self.model_name)
+        path = config.chat_template
+        self._chat_template = None if path is None else load_template(path)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 
@@ -92,12 +95,7 @@ class ServerState:
         await self.engine.wait_started()
         tokenizer = await self.engine.call(lambda engine: engine.tokenizer)
         self.metrics.set_cache_info(await self.engine.call(_cache_info))
-        path = self.config.chat_template
-        try:
-            template = None if path is None else Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template is {path!r}: {error}") from error
-        self._text = TextProcessor(tokenizer, template)
+        self._text = TextProcessor(tokenizer, self._chat_template)
 
     def add_stream(self, stream: RequestStream, *names: str) -> None:
         """Let a request be aborted by these names."""

@@ -171,6 +171,13 @@ MaxBodyBytes = Annotated[
     int,
     typer.Option(help="Longest request body; a longer one gets 413.", rich_help_panel=_LIMITS),
 ]
+BodyTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds that a request's body may take to arrive; a slower one gets 408.",
+        rich_help_panel=_LIMITS,
+    ),
+]
 MaxLogprobs = Annotated[
     int,
     typer.Option(help="Most logprobs a request may ask for a token.", rich_help_panel=_LIMITS),

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import vmalloc.engine as engine_package
 from tests.server.templates import TAGGED
-from vmalloc.engine import AsyncLLMEngine, load_engine
+from vmalloc.engine import AsyncLLMEngine, ConfigError, load_engine
 from vmalloc.server.chat_messages import template_messages
 from vmalloc.server.chat_template import RenderedPrompt, render_chat
 from vmalloc.server.config import ServerConfig
@@ -263,3 +263,19 @@ def test_templates_tell_how_tools_are_called() -> None:
     llama = """{{ tools }}{{ '{"name": "' + n + '", "parameters": ' }}"""
     assert read_template(llama).tool_format == ToolFormat(False, "parameters")
     assert read_template("{{ tools }}<tool_call><function=f>").tool_format is None
+
+
+def test_a_file_that_is_no_template_keeps_a_server_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    for content, words in (
+        (b"{{ messages }", r"line 1 is no Jinja"),
+        (b"\xff", "cannot be read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            ServerState(
+                AsyncLLMEngine(lambda phases: load_engine("demo", phases=phases)),
+                ServerConfig(chat_template=str(path)),
+                model="demo",
+                created=0,
+            )

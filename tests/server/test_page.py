@@ -436,7 +436,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, open_page: Open) 
 
 
 def test_the_stream_of_page_maps_comes_back_after_a_drop(open_page: Open, tmp_path: Path) -> None:
-    first = ServerProcess(tmp_path / "server.log", *SMALL)
+    first = ServerProcess(*SMALL, log_path=tmp_path / "server.log")
     visit = open_page(first.url)
     visit.wait_for_state("Running")
     visit.choose("completion")
