@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -370,6 +371,29 @@ class TestHeads:
                 sock.sendall(bytes([byte]))
                 time.sleep(0.001)
             assert ask(sock, b"\r\n")[0] == 200
+
+    @pytest.mark.parametrize("goes_on", [False, True])
+    def test_the_rest_of_a_refused_body_is_not_waited_for_without_end(
+        self, goes_on: bool, guarded: AppThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without a key, and a byte now and then, connections could be kept for ever."""
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n"
+        with guarded.connect() as sock:
+            assert ask(sock, head)[0] == 401
+            sock.sendall(b"x")
+            sock.settimeout(0.05 if goes_on else 20.0)
+            deadline = time.monotonic() + 20.0
+            while True:
+                assert time.monotonic() < deadline
+                try:
+                    assert sock.recv(1) == b""
+                    break
+                except TimeoutError:
+                    with contextlib.suppress(OSError):
+                        sock.sendall(b"x")
+                except ConnectionResetError:
+                    break
 
     def test_garbage_after_an_answer_closes_the_connection(
         self, shared_server: ServerProcess
