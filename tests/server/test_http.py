@@ -17,7 +17,7 @@ from tests.server.app_thread import AppThread, make_state
 from tests.server.process import ServerProcess, assert_error
 from vmalloc.engine import LLMEngine, StartupPhases, load_engine
 
-OPEN = ["/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"]
+OPEN = ["/", "/health", "/ready", "/version", "/metrics", "/openapi.json"]
 
 
 @pytest.fixture(scope="module")
@@ -405,3 +405,15 @@ class TestHeads:
             head = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999\r\n\r\n"
             assert ask(sock, head)[0] == 413
             sock.sendall(b"x" * 100)
+
+
+def test_load_balancers_may_ask_by_head(guarded: AppThread) -> None:
+    guarded.wait_started()
+    for path in ("/health", "/ready"):
+        response = guarded.http.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
+def test_no_page_loads_scripts_from_elsewhere(guarded: AppThread) -> None:
+    response = guarded.http.get("/docs", headers=bearer("first"))
+    assert response.status_code == 404
