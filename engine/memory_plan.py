@@ -14,8 +14,7 @@ import torch
 from .. import choose_backend, create_kv_backend
 from ..backend import KVBackend
 from ..config import KVCacheConfig, LayerKVSpec
-from ..core_setup import make_driver
-from ..factory import BackendChoice
+from ..factory import BackendChoice, page_bytes_of
 from ..kernels.select import select_kernels
 from .assembly import graph_bytes
 from .cache_factory import CacheFactory
@@ -174,7 +173,7 @@ def _make_cache(
         has_block_table=choice.kind == "paged",
         num_heads=num_heads,
     )
-    page_bytes = None if choice.kind == "paged" else make_driver(real).page_bytes
+    page_bytes = None if choice.kind == "paged" else page_bytes_of(real)
     return counting_twin(
         replace(config, page_bytes=page_bytes, lookahead_tokens=kernels.lookahead_rows), choice.kind
     )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from .backend import KVBackend
 from .config import KVCacheConfig
-from .core_setup import cuda_absence
+from .core_setup import cuda_absence, make_driver
 from .device import check_device, resolve_driver
 from .errors import ConfigError
 from .kv_cache import VirtualKVCache
@@ -77,6 +77,15 @@ def create_kv_backend(config: KVCacheConfig, kind: str = "auto") -> KVBackend:
     if choose_backend(kind, config.device, config.driver).kind == "paged":
         return PagedKVCache(config)
     return VirtualKVCache(config)
+
+
+def page_bytes_of(config: KVCacheConfig) -> int:
+    """Bytes of a physical page of the virtual backend with these settings.
+
+    Raises:
+        ConfigError: the page size does not suit the driver, or there is no such device here.
+    """
+    return make_driver(config).page_bytes
 
 
 def _choose_paged(device: str, driver: str, why: str) -> BackendChoice:
