@@ -131,15 +131,25 @@ bool ElasticMemory::try_commit(const std::vector<ByteSpan>& spans, Stream stream
   for (const ByteSpan span : spans) check_span(span);
   driver_->use_stream(stream);
   poll();
-  for (bool may_wait = true;; may_wait = false) {
-    const Plan plan = this->plan(spans);
-    if (!plan.is_blocked && try_back(plan, spans)) break;
-    const std::size_t most = pool_.available() + pool_.stats().num_retired;
-    if (!may_wait || plan.missing.size() * regions_.size() > most || !wait_retired()) return false;
+  bool is_backed = try_spans(spans);
+  if (!is_backed && wait_retired_for(spans)) is_backed = try_spans(spans);
+  if (is_backed) {
+    for (const ByteSpan span : spans) committed_.insert(span);
   }
-  for (const ByteSpan span : spans) committed_.insert(span);
   give_back();
-  return true;
+  return is_backed;
+}
+
+bool ElasticMemory::try_spans(const std::vector<ByteSpan>& spans) {
+  const Plan plan = this->plan(spans);
+  return !plan.is_blocked && plan.missing.size() * regions_.size() <= pool_.available() &&
+         try_back(plan, spans);
+}
+
+/// Wait for the device if the spans may be had then; false if there is no hope.
+bool ElasticMemory::wait_retired_for(const std::vector<ByteSpan>& spans) {
+  const std::size_t num_pages = plan(spans).missing.size() * regions_.size();
+  return num_pages <= pool_.available() + pool_.stats().num_retired && wait_retired();
 }
 
 ElasticMemory::Plan ElasticMemory::plan(const std::vector<ByteSpan>& spans) const {
@@ -154,8 +164,10 @@ ElasticMemory::Plan ElasticMemory::plan(const std::vector<ByteSpan>& spans) cons
     if (place == places_.end()) {
       plan.missing.push_back(idx);
     } else if (place->second.retired_in != 0) {
-      const std::vector<PageId>& pages = place->second.pages;
-      if (std::find(pages.begin(), pages.end(), kNoPage) != pages.end()) plan.is_blocked = true;
+      // Nor is a page taken back that is mapped elsewhere too: whoever commits anew shares nothing.
+      plan.is_blocked |= std::any_of(
+          place->second.pages.begin(), place->second.pages.end(),
+          [this](PageId page) { return page == kNoPage || pool_.is_shared(page, true); });
       plan.retired.push_back(idx);
     }
   }
