@@ -177,6 +177,10 @@ class LLMEngine:
         """Whether ``step`` has work."""
         return self._scheduler.has_unfinished or bool(self._ended)
 
+    def prepare_structured_outputs(self) -> None:
+        """Do now what the first structured output would wait for, if there can be any."""
+        self._reader.prepare_structured_outputs()
+
     def check_request(self, prompt: Prompt, params: SamplingParams | None = None) -> dict[str, Any]:
         """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing.
 
@@ -239,10 +243,11 @@ class LLMEngine:
         self._check_awake()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
+        started = time.monotonic()
         logits = self._compute(batch)
         to_report = list(self._ended)
         if logits is not None:
-            to_report.extend(self._generation.advance(batch, logits, self._ended))
+            to_report.extend(self._generation.advance(batch, logits, self._ended, started))
         for num_tokens, seconds in self._timer.take_finished():
             self._scheduler.cost.observe_prefill(num_tokens, seconds)
         now = time.monotonic()

@@ -30,13 +30,13 @@ class RequestStream:
     def __init__(
         self,
         request_id: str,
-        num_prompts: int,
+        names: Sequence[str],
         on_abort: Callable[[RequestStream], None],
     ) -> None:
         self.request_id = request_id
-        self.names = [f"{request_id}-{idx}" for idx in range(num_prompts)]
-        self.num_unstarted = num_prompts
-        self._num_unfinished = num_prompts
+        self.names = list(names)
+        self.num_unstarted = len(names)
+        self._num_unfinished = len(names)
         self._on_abort = on_abort
         self._unread: list[tuple[int, RequestOutput]] = []
         self._news = asyncio.Event()
@@ -84,6 +84,7 @@ class RequestStream:
         if not self.is_ended:
             self._num_unfinished = 0
             self._on_abort(self)
+            self._news.set()
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -127,7 +128,6 @@ class RequestStream:
             return
         self.abort()
         self._error = error
-        self._news.set()
 
     def _stop_timers(self) -> None:
         for timer in self._timers.values():

@@ -188,10 +188,9 @@ HealthTimeout = Annotated[
     ),
 ]
 ReleaseIdleAfter = Annotated[
-    float | None,
+    float,
     typer.Option(
-        help="Seconds without work after which free KV pages go back to the system. Default: they "
-        "are kept.",
+        help="Seconds without work after which free KV pages go back to the system; 0: never.",
         rich_help_panel=_LIMITS,
     ),
 ]

@@ -1,0 +1,14 @@
+"""Imports what takes seconds; servers that are forked afterwards have it.
+
+Nothing is computed here: a process with threads must not be forked.
+"""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read when libgomp loads, so before torch
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import vmalloc.cli
+import vmalloc.engine
+import vmalloc.server
+import vmalloc.server.run  # noqa: F401
