@@ -364,21 +364,21 @@ ELASTIC = [
     _mutation(
         "elastic: a page goes though another row needs it",
         f"{ELASTIC_TESTS}::TestDecommit::test_a_page_stays_while_a_neighbour_needs_it[host]",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_shrink.cpp",
         "if (it->second.retired_in != 0 || committed_.meets(bytes_of(it->first))) continue;",
         "if (it->second.retired_in != 0) continue;",
     ),
     _mutation(
         "elastic: a page is unmapped under the kernel that reads it",
         f"{ELASTIC_TESTS}::TestDevice::test_a_launch_that_reads_decommitted_rows_is_safe",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_shrink.cpp",
         "if (places_.at(idx).retired_in <= completed_) due.push_back(idx);",
         "due.push_back(idx);",
     ),
     _mutation(
         "elastic: work on another stream is not waited for",
         f"{ELASTIC_TESTS}::TestDevice::test_work_on_another_stream_is_waited_for_there",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_shrink.cpp",
         "  driver_->use_stream(stream);\n"
         "  for (const ByteSpan span : spans) committed_.erase(span);",
         "  static_cast<void>(stream);\n"
@@ -388,14 +388,14 @@ ELASTIC = [
     _mutation(
         "elastic: an alias that was given up is taken back",
         f"{ELASTIC_TESTS}::TestAlias::test_an_alias_that_was_given_up_is_not_taken_back[host]",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_grow.cpp",
         "return page == kNoPage || pool_.is_shared(page, true);",
         "return page == kNoPage;",
     ),
     _mutation(
         "elastic: what is left in a page that stayed is not cleared",
         f"{ELASTIC_TESTS}::TestDecommit::test_what_rows_find_when_they_come_back[host-True]",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_grow.cpp",
         "if (!try_clear_old(gap)) return false;",
         "static_cast<void>(gap);",
     ),
@@ -403,7 +403,7 @@ ELASTIC = [
         "elastic: a commit that failed keeps what it mapped",
         f"{ELASTIC_TESTS}::TestFaults::"
         "test_a_call_that_takes_something_fails[host-Fault.OUT_OF_MEMORY]",
-        "csrc/elastic_memory.cpp",
+        "csrc/elastic_memory_grow.cpp",
         "  if (!is_done) {\n    undo(runs);\n    return false;\n  }\n  publish(runs, plan);",
         "  if (!is_done) return false;\n  publish(runs, plan);",
     ),

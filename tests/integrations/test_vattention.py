@@ -443,6 +443,8 @@ class TestDefects:
         vattention.reserve_physical_pages(8 << 20)
         vattention.step([0] * 7 + [200])  # the last slot alone; its rows fault if they are not
         assert mapped() == [0] * 7 + [7]
+        assert tensors[0][7].data_ptr() % 65536 == 0
+        assert vattention._cache._elastic.committed_bytes == 7 * 2 * 65536  # and no page more
         for idx, tensor in enumerate(tensors):
             tensor[7, :200] = torch.arange(200).view(200, 1, 1) + idx
         vattention.step([50] * 7 + [200])
