@@ -1,5 +1,5 @@
-// elastic_memory_grow.cpp: the half of elastic memory that backs bytes: plan, acquire and map,
-// publish. Owns: nothing of its own.  Thread-safety: see elastic_memory.h.
+// elastic_memory_grow.cpp: the half that backs bytes: plan, acquire and map, publish.
+// Owns: nothing of its own.  Thread-safety: see elastic_memory.h.
 #include <algorithm>
 #include <string>
 

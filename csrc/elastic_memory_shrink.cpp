@@ -1,4 +1,4 @@
-// elastic_memory_shrink.cpp: the half of elastic memory that takes pages back: retire, settle, trim.
+// elastic_memory_shrink.cpp: the half that takes pages back: retire, settle, trim.
 // Owns: nothing of its own.  Thread-safety: see elastic_memory.h.
 #include "elastic_memory.h"
 #include "error.h"
