@@ -24,6 +24,12 @@ from .shapes import LayerShape
 
 ATTENTION_NAME = "vmalloc"
 
+# What models pass along that attention does not need: keys and queries are rotated already, and
+# the mask says where sequences begin. Anything else may be a mask in disguise (sparse attention).
+_HARMLESS_TENSORS = frozenset(
+    {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "token_type_ids"}
+)
+
 
 def register(num_threads: int | None = None) -> None:
     """Make ``attn_implementation="vmalloc"`` known to transformers. Idempotent.
@@ -67,7 +73,16 @@ def vmalloc_attention(
 
     Returns:
         ``[batch, num_queries, num_heads, head_dim]``, and no weights.
+
+    Raises:
+        VmallocError: the model passes something that would have to be ignored.
     """
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor) and name not in _HARMLESS_TENSORS:
+            raise VmallocError(
+                f"{type(module).__name__} gives attention {name}, which {ATTENTION_NAME!r} does "
+                'not know and cannot drop; use attn_implementation="sdpa" for this model'
+            )
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if not (dropout or needs_grad or position_bias is not None):
         if is_causal is None:
