@@ -11,6 +11,7 @@ repeated or picked, by mapping other pages at a slot's addresses (``VirtualKVCac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ from ...kv_cache import VirtualKVCache
 from .shapes import LayerShape, memory_bytes
 
 _CUDA_COMMIT_AHEAD_TOKENS = 4
+
+
+class _Base(NamedTuple):
+    """Keys or values of one layer in all slots; ``strides`` are by slot, head, token, element."""
+
+    all_rows: Tensor
+    num_heads: int
+    head_dim: int
+    strides: tuple[int, int, int, int]
+    offset: int
+
+
+def _base_of(view: Tensor) -> _Base:
+    _, _, num_heads, head_dim = view.shape
+    slot, token, head, element = view.stride()
+    return _Base(
+        view, num_heads, head_dim, (slot, head, token, element), int(view.storage_offset())
+    )
 
 
 class DeviceRows:
@@ -57,7 +76,6 @@ class DeviceRows:
             layers_per_group = 1 if is_cpu else len(shapes)
         if commit_ahead_tokens is None:
             commit_ahead_tokens = 0 if is_cpu else _CUDA_COMMIT_AHEAD_TOKENS
-        self._layer_idxs = {layer_idx: place for place, layer_idx in enumerate(shapes)}
         self._kv = VirtualKVCache(
             KVCacheConfig(
                 layers=tuple(shape.spec for shape in shapes.values()),
@@ -82,9 +100,9 @@ class DeviceRows:
             raise InvariantError(f"the slots of {max_batch} empty rows are {taken}")
         # Views made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self._views = {
-                layer_idx: self._kv.layer_views(place)
-                for layer_idx, place in self._layer_idxs.items()
+            self._bases = {
+                layer_idx: tuple(map(_base_of, self._kv.layer_views(place)))
+                for place, layer_idx in enumerate(shapes)
             }
 
     @property
@@ -93,18 +111,14 @@ class DeviceRows:
 
     def views(self, layer_idx: int, batch: int, num_tokens: int, first: int = 0) -> list[Tensor]:
         """Keys and values ``[batch, num_kv_heads, tokens, head_dim]`` of rows from ``first`` on."""
-        views = []
-        for base in self._views[layer_idx]:
-            _, _, num_heads, head_dim = base.shape
-            slot, row, head, element = base.stride()
-            views.append(
-                base.as_strided(
-                    (batch, num_heads, num_tokens - first, head_dim),
-                    (slot, head, row, element),
-                    base.storage_offset() + first * row,
-                )
+        return [
+            base.all_rows.as_strided(
+                (batch, base.num_heads, num_tokens - first, base.head_dim),
+                base.strides,
+                base.offset + first * base.strides[2],
             )
-        return views
+            for base in self._bases[layer_idx]
+        ]
 
     def try_extend(self, batch: int, num_tokens: int) -> bool:
         """Back so many tokens of every row of the batch, or change nothing."""
@@ -149,5 +163,5 @@ class DeviceRows:
         self._kv.check_invariants()
 
     def close(self) -> None:
-        self._views.clear()
+        self._bases.clear()
         self._kv.close()

@@ -132,9 +132,16 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._rows.views(self._layer_idx, self._num_tokens)[which]
 
     def _check_shape(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = self._shape
+        batch, num_new = key_states.shape[0], key_states.shape[-2]
+        if (
+            key_states.shape == (batch, shape.num_kv_heads, num_new, shape.k_head_dim)
+            and value_states.shape == (batch, shape.num_kv_heads, num_new, shape.v_head_dim)
+            and key_states.dtype == shape.dtype == value_states.dtype
+            and key_states.device == shape.device == value_states.device
+        ):
+            return  # as it nearly always is, in a few microseconds
         shape = LayerShape.of(key_states, value_states)
-        if shape == self._shape:
-            return
         if self._num_tokens == 0 and self._rows.num_tokens == 0:
             self.lazy_initialization(key_states, value_states)
             return
