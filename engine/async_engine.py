@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VmallocError
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot, EngineThread, Report
 from .errors import EngineUnavailableError, QueueFullError, RequestAbortedError
 from .llm_engine import LLMEngine
-from .outputs import RequestOutput
 from .request_reader import Prompt
 from .request_stream import RequestStream
 from .sampling_params import SamplingParams
@@ -31,6 +30,9 @@ T = TypeVar("T")
 EngineState = Literal["starting", "running", "draining", "stopped", "dead"]
 
 DRAIN_POLL_SECONDS = 0.05
+
+LOAD_END_SECONDS = 1.0
+"""Longest wait for the end of a load that nobody wants any more; it cannot be interrupted."""
 
 RETRY_SECONDS = 1.0
 """When a client that was turned away may try again; a step or two later things look different."""
@@ -77,7 +79,10 @@ class AsyncLLMEngine:
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[None] | None = None
-        self._streams: dict[str, tuple[RequestStream, int]] = {}
+        # By the engine's names, and by the caller's: what has not ended.
+        self._prompts: dict[str, tuple[RequestStream, int]] = {}
+        self._streams: dict[str, RequestStream] = {}
+        self._num_streams = 0
         self._calls: set[asyncio.Future[Any]] = set()
         self._num_unstarted = 0
         self._state: EngineState = "starting"
@@ -127,7 +132,7 @@ class AsyncLLMEngine:
     @property
     def num_live(self) -> int:
         """Prompts that were accepted and have not ended."""
-        return len(self._streams)
+        return len(self._prompts)
 
     @property
     def last_step_age_s(self) -> float | None:
@@ -172,11 +177,9 @@ class AsyncLLMEngine:
         """
         self._check_takes_requests()
         self._check_room(len(requests))
-        stream = RequestStream(request_id, len(requests), self._abort_stream)
-        if stream.names and stream.names[0] in self._streams:
+        if request_id in self._streams:
             raise ConfigError(f"request_id is {request_id!r}; a live request has that name")
-        self._streams.update({name: (stream, idx) for idx, name in enumerate(stream.names)})
-        self._num_unstarted += len(requests)
+        stream = self._make_stream(request_id, len(requests))
         stream.limit_time("request", timeout_s)
         stream.limit_time("queue", self._queue_timeout_s)
         try:
@@ -188,10 +191,10 @@ class AsyncLLMEngine:
 
     def abort(self, request_id: str) -> bool:
         """End a request by the name it was submitted with; False if there is none."""
-        entry = self._streams.get(f"{request_id}-0")
-        if entry is None:
+        stream = self._streams.get(request_id)
+        if stream is None:
             return False
-        entry[0].fail(RequestAbortedError(f"request {request_id} was aborted"))
+        stream.fail(RequestAbortedError(f"request {request_id} was aborted"))
         return True
 
     async def call(self, function: Callable[[LLMEngine], T]) -> T:
@@ -210,11 +213,12 @@ class AsyncLLMEngine:
 
         def run(engine: LLMEngine) -> None:
             try:
-                result = function(engine)
+                result, failure = function(engine), None
             except Exception as error:
-                self._tell_loop(settle, None, error)
-            else:
-                self._tell_loop(settle, result, None)
+                result, failure = None, error
+            # Whoever waits for a wake sees an engine that is awake.
+            self._thread.take_snapshot(engine)
+            self._tell_loop(settle, result, failure)
 
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
@@ -222,18 +226,31 @@ class AsyncLLMEngine:
         return await future
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Take no more requests and wait for those that there are; whether all ended in time."""
+        """Take no more requests and wait for those that there are; whether all ended in time.
+
+        An engine that sleeps is woken for them, as soon as there is memory.
+        """
         if self._state in ("starting", "running"):
             self._state = "draining"
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._streams and self._state == "draining":
+        while self._prompts and self._state == "draining":
             if deadline is not None and time.monotonic() >= deadline:
                 return False
+            if self.snapshot is not None and self.snapshot.is_asleep:
+                with contextlib.suppress(EngineUnavailableError):  # it ended meanwhile
+                    await self.call(LLMEngine.wake)
             await asyncio.sleep(DRAIN_POLL_SECONDS)
-        return not self._streams
+        return not self._prompts
+
+    def end(self, timeout_s: float) -> bool:
+        """Without an event loop: have the thread end, and wait for it; whether it did."""
+        self._thread.stop()
+        return self._thread.join(timeout_s)
 
     async def close(self, timeout_s: float = 60.0) -> None:
-        """End what runs and give everything back. Idempotent."""
+        """End what runs and give everything back; a load is not waited for. Idempotent."""
+        if self._config is None:
+            timeout_s = min(timeout_s, LOAD_END_SECONDS)
         if self._state != "dead":
             self._state = "stopped"
         self._thread.stop()
@@ -257,9 +274,22 @@ class AsyncLLMEngine:
             raise
         self._thread.note_live(added)
 
+    def _make_stream(self, request_id: str, num_prompts: int) -> RequestStream:
+        # A name is never used twice: what is still on its way from an aborted request would be
+        # taken for its successor's.
+        self._num_streams += 1
+        names = [f"{request_id}-{self._num_streams}-{idx}" for idx in range(num_prompts)]
+        stream = RequestStream(request_id, names, self._abort_stream)
+        if names:
+            self._streams[request_id] = stream
+        self._prompts.update({name: (stream, idx) for idx, name in enumerate(names)})
+        self._num_unstarted += num_prompts
+        return stream
+
     def _abort_stream(self, stream: RequestStream) -> None:
         """Forget a stream, and have the engine end what is left of it."""
-        names = [name for name in stream.names if self._forget(name)]
+        del self._streams[stream.request_id]
+        names = [name for name in stream.names if self._prompts.pop(name, None) is not None]
         self._num_unstarted -= stream.num_unstarted
         stream.num_unstarted = 0
 
@@ -270,36 +300,30 @@ class AsyncLLMEngine:
         if names and self._thread.is_alive:
             self._thread.post(abort)
 
-    def _forget(self, name: str) -> bool:
-        return self._streams.pop(name, None) is not None
-
     def _deliver(self, report: Report) -> None:
         """Hand what a step changed to the streams."""
         for name in report.started:
             self._note_started(name)
         for output in report.outputs:
-            entry = self._streams.get(output.request_id)
+            entry = self._prompts.get(output.request_id)
             if entry is None:
                 continue
+            stream, prompt_idx = entry
             if output.is_finished:
-                self._note_unstarted_end(output)
-                self._forget(output.request_id)
-            entry[0].put(entry[1], output)
+                del self._prompts[output.request_id]
+            stream.put(prompt_idx, output)
+            if stream.is_ended:
+                del self._streams[stream.request_id]
         for name, reason in report.failed:
-            entry = self._streams.get(name)
+            entry = self._prompts.get(name)
             if entry is not None:
                 entry[0].fail(EngineUnavailableError("running", reason))
 
     def _note_started(self, name: str) -> None:
-        entry = self._streams.get(name)
+        entry = self._prompts.get(name)
         if entry is not None:
             self._num_unstarted -= 1
             entry[0].note_started()
-
-    def _note_unstarted_end(self, output: RequestOutput) -> None:
-        """A request that ended without a step, as it never fits, does not wait any more."""
-        if output.metrics.first_scheduled_time is None:
-            self._note_started(output.request_id)
 
     def _started_on_thread(self, engine: LLMEngine) -> None:
         config = engine.config
@@ -322,15 +346,19 @@ class AsyncLLMEngine:
         else:
             self._state = "dead"
             self._failure = f"{type(error).__name__}: {error}"
-            logger.critical("the engine is dead: %s", self._failure, exc_info=error)
+            # What a load refuses is told by whoever started it.
+            is_refused = self._config is None and isinstance(error, VmallocError)
+            level = logging.DEBUG if is_refused else logging.CRITICAL
+            logger.log(level, "the engine is dead: %s", self._failure, exc_info=error)
             reason = EngineUnavailableError("dead", f"the engine is dead: {self._failure}")
         assert self._started is not None
         if not self._started.done():
             self._started.set_exception(error or reason)
+            self._started.exception()  # asyncio need not complain if nobody waits for it
         self._fail_all(reason)
 
     def _fail_all(self, error: Exception) -> None:
-        for stream in {stream for stream, _ in self._streams.values()}:
+        for stream in list(self._streams.values()):
             stream.fail(error)
         for future in list(self._calls):
             if not future.done():

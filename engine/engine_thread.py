@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ..backend import KVCacheStats, PrefixCacheStats
 from .llm_engine import LLMEngine
 from .outputs import RequestOutput
+from .sampling_params import SamplingParams
 from .schedule import SchedulerStats
 from .token_counts import TokenStats
 
@@ -28,7 +29,12 @@ MAX_FAILED_STEPS = 2
 """Steps in a row that may fail before the requests that run are given up."""
 
 MAX_FAILED_ROUNDS = 3
-"""Times in a row that requests may be given up before the engine is."""
+"""Times in a row that requests are given up before it is asked whether the engine works at all."""
+
+MAX_PROBE_STEPS = 32
+"""Steps that it gets to compute one token, waiting for pages included."""
+
+_PROBE = "probe"
 
 SNAPSHOT_SECONDS = 0.05
 """Least time between snapshots while steps go on."""
@@ -65,7 +71,7 @@ class Report:
     """What one step changed.
 
     Attributes:
-        started: names of requests that got into a step for the first time.
+        started: names of requests that wait no more: they got into a step, or ended without one.
         outputs: what requests have to say.
         failed: names of requests that were given up, and why.
     """
@@ -79,7 +85,8 @@ class EngineThread:
     """Steps an engine while there is work, and runs commands between steps.
 
     A step that raises is tried again; if that fails too, the requests that were running end with
-    an error and the others go on. An engine that cannot go on at all is dead: ``failure`` says why.
+    an error and the others go on. If that happens again and again, all requests end so; then an
+    engine that cannot even compute one token alone is dead, and the thread ends with the error.
 
     Args:
         make_engine: loads the engine, on the thread.
@@ -118,6 +125,7 @@ class EngineThread:
         self._last_step_time: float | None = None
         self._num_failed_steps = 0
         self._num_failed_rounds = 0
+        self._release_time: float | None = None
         self.snapshot: EngineSnapshot | None = None
         self.busy_since: float | None = None
         self.is_stopping = False
@@ -157,13 +165,28 @@ class EngineThread:
             self._live.pop(name, None)
             self._unstarted.pop(name, None)
 
+    def take_snapshot(self, engine: LLMEngine) -> None:
+        """On the thread: bring ``snapshot`` up to date."""
+        self.snapshot = EngineSnapshot(
+            time=time.monotonic(),
+            scheduler=engine.stats(),
+            kv=engine.kv_stats(),
+            prefix=engine.prefix_stats(),
+            tokens=engine.token_stats(),
+            num_steps=self._num_steps,
+            last_step_time=self._last_step_time,
+            is_asleep=engine.is_asleep,
+            num_live_requests=len(self._live),
+            num_queued=len(self._unstarted),
+        )
+
     def _run(self) -> None:
         ended_by: BaseException | None = None
         engine: LLMEngine | None = None
         try:
             self.busy_since = time.monotonic()
             engine = self._make_engine()
-            self._take_snapshot(engine)
+            self.take_snapshot(engine)
             self._on_started(engine)
             self._loop(engine)
         except BaseException as error:
@@ -189,7 +212,7 @@ class EngineThread:
     def _run_commands(self, engine: LLMEngine, *, may_wait: bool) -> None:
         """Run what was posted; ``may_wait``: wait for the first."""
         if may_wait:
-            self._take_snapshot(engine)
+            self.take_snapshot(engine)
             command = self._wait_for_command(engine)
             self.busy_since = time.monotonic()
             command(engine)
@@ -202,13 +225,20 @@ class EngineThread:
 
     def _wait_for_command(self, engine: LLMEngine) -> Command:
         self.busy_since = None
-        if self._release_idle_after_s is not None and not engine.is_asleep:
+        if self._release_time is not None and not engine.is_asleep:
             try:
-                return self._commands.get(timeout=self._release_idle_after_s)
+                return self._commands.get(timeout=max(0, self._release_time - time.monotonic()))
             except queue.Empty:
+                self._release_time = None
                 engine.trim_kv_cache()
-                self._take_snapshot(engine)
-        return self._commands.get()
+                self.take_snapshot(engine)
+        command = self._commands.get()
+        self._release_later()
+        return command
+
+    def _release_later(self) -> None:
+        if self._release_idle_after_s is not None:
+            self._release_time = time.monotonic() + self._release_idle_after_s
 
     def _step(self, engine: LLMEngine) -> None:
         try:
@@ -223,6 +253,7 @@ class EngineThread:
         self._num_steps += 1
         self._last_step_time = now
         self._num_failed_steps = self._num_failed_rounds = 0
+        self._release_later()
         started = [name for name in self._unstarted if engine.is_started(name)]
         for name in started:
             del self._unstarted[name]
@@ -230,32 +261,36 @@ class EngineThread:
             if output.is_finished:
                 self.note_gone([output.request_id])
         if self.snapshot is None or now - self.snapshot.time >= SNAPSHOT_SECONDS:
-            self._take_snapshot(engine)
+            self.take_snapshot(engine)
         if started or outputs:
             self._on_report(Report(started, outputs, []))
 
     def _give_up_running(self, engine: LLMEngine, error: Exception) -> None:
         """End the requests that a failing step worked on, so that the others can go on."""
         self._num_failed_rounds += 1
-        if self._num_failed_rounds > MAX_FAILED_ROUNDS:
-            raise error
         self._num_failed_steps = 0
-        names = [group.request_id for group in engine.scheduler.running] or list(self._live)
+        is_last = self._num_failed_rounds > MAX_FAILED_ROUNDS
+        running = [] if is_last else [group.request_id for group in engine.scheduler.running]
+        names = running or list(self._live)
         engine.abort_request(names)
         self.note_gone(names)
         reason = f"the engine could not compute it: {type(error).__name__}: {error}"
         self._on_report(Report([], [], [(name, reason) for name in names]))
+        if is_last:
+            self._probe(engine, error)
+            self._num_failed_rounds = 0
 
-    def _take_snapshot(self, engine: LLMEngine) -> None:
-        self.snapshot = EngineSnapshot(
-            time=time.monotonic(),
-            scheduler=engine.stats(),
-            kv=engine.kv_stats(),
-            prefix=engine.prefix_stats(),
-            tokens=engine.token_stats(),
-            num_steps=self._num_steps,
-            last_step_time=self._last_step_time,
-            is_asleep=engine.is_asleep,
-            num_live_requests=len(self._live),
-            num_queued=len(self._unstarted),
-        )
+    def _probe(self, engine: LLMEngine, error: Exception) -> None:
+        """Raise ``error`` if the engine, with nothing else to do, cannot compute a token.
+
+        If it can, the requests were at fault, and it serves others.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        try:
+            engine.add_request(_PROBE, [0], params)
+            for _ in range(MAX_PROBE_STEPS):
+                if any(output.is_finished for output in engine.step()):
+                    return
+        except Exception:
+            logger.exception("the engine cannot compute a single token")
+        raise error

@@ -77,7 +77,11 @@ class Generation:
         self.tokens = TokenCounts()
 
     def advance(
-        self, batch: ScheduledBatch, logits: Tensor, ended: list[SequenceGroup]
+        self,
+        batch: ScheduledBatch,
+        logits: Tensor,
+        ended: list[SequenceGroup],
+        started: float,
     ) -> list[SequenceGroup]:
         """Append tokens; returns the groups that have something new.
 
@@ -86,6 +90,7 @@ class Generation:
                 row of ``scored_prompts(batch)`` included.
             ended: takes the groups that end here, also if this raises. Sequences without a new
                 token are then as if their last one was never run.
+            started: when the step began, in seconds of ``time.monotonic()``.
         """
         ends, scored = self._read(batch, logits)
         sampled = None
@@ -102,7 +107,7 @@ class Generation:
             self._scheduler.complete(batch)
             for part in batch.groups:
                 if part.group.metrics.first_scheduled_time is None:
-                    part.group.metrics.first_scheduled_time = now
+                    part.group.metrics.first_scheduled_time = started
             for group, entries in scored:
                 self._name_candidates(entries)
                 assert group.prompt_logprobs is not None
@@ -237,4 +242,4 @@ def _prompt_scores(group: SequenceGroup, seq: Sequence, logits: Tensor) -> list[
 def _fail(group: SequenceGroup, error: str) -> None:
     for seq in group.active:
         complete_text(seq)
-    group.finish("error", f"request {group.request_id}: {error}")
+    group.finish("error", f"request {group.request_id}: {error}", "request")

@@ -30,13 +30,13 @@ class RequestStream:
     def __init__(
         self,
         request_id: str,
-        num_prompts: int,
+        names: Sequence[str],
         on_abort: Callable[[RequestStream], None],
     ) -> None:
         self.request_id = request_id
-        self.names = [f"{request_id}-{idx}" for idx in range(num_prompts)]
-        self.num_unstarted = num_prompts
-        self._num_unfinished = num_prompts
+        self.names = list(names)
+        self.num_unstarted = len(names)
+        self._num_unfinished = len(names)
         self._on_abort = on_abort
         self._unread: list[tuple[int, RequestOutput]] = []
         self._news = asyncio.Event()
@@ -61,10 +61,7 @@ class RequestStream:
         Empty after ``timeout_s`` without any, and once everything was read.
         """
         if not self._unread and not self.is_ended:
-            try:
-                await asyncio.wait_for(self._news.wait(), timeout_s)
-            except asyncio.TimeoutError:
-                return ()
+            await self._wait_for_news(timeout_s)
         self._news.clear()
         if self._unread:
             outputs, self._unread = self._unread, []
@@ -72,6 +69,18 @@ class RequestStream:
         if self._error is not None:
             raise self._error
         return ()
+
+    async def _wait_for_news(self, timeout_s: float | None) -> None:
+        # Once per token. ``asyncio.wait_for`` makes a task each time, and before Python 3.12 it
+        # loses a cancellation that comes together with the news: a client that leaves.
+        timer: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         while not self.is_read:
@@ -84,6 +93,7 @@ class RequestStream:
         if not self.is_ended:
             self._num_unfinished = 0
             self._on_abort(self)
+            self._news.set()
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -127,7 +137,6 @@ class RequestStream:
             return
         self.abort()
         self._error = error
-        self._news.set()
 
     def _stop_timers(self) -> None:
         for timer in self._timers.values():

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from ..engine import LLMEngine, VmallocError
 from .errors import ApiError
 from .generation import server_state
+from .json_body import JsonRoute
 from .protocol.operations import (
     AbortRequest,
     AbortResult,
@@ -29,8 +30,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 409, 503)
 }
 
-router = APIRouter(tags=["administration"])
-admin = APIRouter(prefix="/admin", tags=["administration"], responses={**_ERRORS})
+router = APIRouter(route_class=JsonRoute, tags=["administration"])
+admin = APIRouter(
+    route_class=JsonRoute, prefix="/admin", tags=["administration"], responses={**_ERRORS}
+)
 
 
 @router.post("/abort", responses={**_ERRORS, 404: {"model": ErrorBody}})

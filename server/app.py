@@ -14,12 +14,27 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import admin_routes, health_routes, model_routes, page_map_routes, page_routes
+from . import (
+    admin_routes,
+    chat_routes,
+    completion_routes,
+    health_routes,
+    metrics_routes,
+    model_routes,
+    page_map_routes,
+    page_routes,
+    response_routes,
+    tokenization_routes,
+)
+from .access import AccessMiddleware
+from .api_description import DescribedApp
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
-from .errors import install_error_handlers
+from .errors import FailureMiddleware, install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
+from .root_path import RootPathMiddleware
 from .state import ServerState
+from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +51,22 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.engine.start()
-        start = asyncio.create_task(_finish_start(state, on_started))
+        tasks = [asyncio.create_task(_finish_start(state, on_started))]
+        if state.config.log_stats:
+            tasks.append(asyncio.create_task(StatsLog(state.engine).run()))
         try:
             yield
         finally:
-            start.cancel()
+            for task in tasks:
+                task.cancel()
             await state.close()
 
-    app = FastAPI(
+    app = DescribedApp(
         title="vmalloc",
         version=__version__,
         description="An OpenAI-compatible endpoint whose KV cache is virtual memory.",
         lifespan=lifespan,
         redoc_url=None,
-        root_path=state.config.root_path,
         # A path with a slash too many is unknown, not moved.
         redirect_slashes=False,
     )
@@ -57,7 +74,12 @@ def create_app(
     install_error_handlers(app)
     for routes in (
         health_routes.router,
+        metrics_routes.router,
         model_routes.router,
+        completion_routes.router,
+        chat_routes.router,
+        response_routes.router,
+        tokenization_routes.router,
         admin_routes.router,
         admin_routes.admin,
         page_map_routes.router,
@@ -65,6 +87,7 @@ def create_app(
     ):
         app.include_router(routes)
     # The last one added is the outermost.
+    app.add_middleware(FailureMiddleware)
     app.add_middleware(BodyMiddleware, config=state.config)
     app.add_middleware(AuthMiddleware, config=state.config)
     if state.config.allowed_origins:
@@ -75,7 +98,9 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[HEADER, "retry-after"],
         )
+    app.add_middleware(AccessMiddleware, state=state)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RootPathMiddleware, root_path=state.config.root_path)
     return app
 
 

@@ -18,7 +18,8 @@ MAX_SIZE_DIGITS = 18
 
 
 class BodyMiddleware:
-    """Answers 413 for a body that is too long, 408 for one that takes too long to come.
+    """Answers 413 for a body that is too long, 408 for one that takes too long to come, 415 for one
+    that is compressed.
 
     What ``receive`` gives afterwards is the body in one piece, then the client's disconnect.
     """
@@ -43,8 +44,10 @@ class BodyMiddleware:
             )
             await error.response()(scope, receive, send)
             return
-        except ApiError as too_long:
-            await too_long.response()(scope, receive, send)
+        except ApiError as error:
+            # The connection stays: one that is closed while data comes is reset, and the client
+            # may never see the answer. What still comes of the body is read and dropped.
+            await error.response()(scope, receive, send)
             return
         if body is None:
             return  # the client left
@@ -56,7 +59,14 @@ class BodyMiddleware:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        if headers.get("content-encoding", "identity").lower() not in ("identity", ""):
+            raise ApiError(
+                415,
+                f"content-encoding is {headers['content-encoding']!r:.100}; send the body as it is",
+                code="unsupported_content_encoding",
+            )
+        declared = headers.get("content-length", "")
         if declared.isascii() and declared.isdigit():
             digits = declared.lstrip("0")
             if len(digits) > MAX_SIZE_DIGITS or int(digits or "0") > self._max_bytes:
@@ -80,6 +90,4 @@ class BodyMiddleware:
             413,
             f"the body has {size}; the limit is {self._max_bytes} (--max-body-bytes)",
             code="body_too_large",
-            # What is still coming would be taken for the next request.
-            headers={"connection": "close"},
         )

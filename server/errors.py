@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import (
     ConfigError,
@@ -41,10 +44,15 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     499: "request_aborted",
     504: "timeout_error",
 }
+_NAMED = re.compile(r"([a-z][a-z0-9_]*) (?:is|has|holds) ")
+_GRAMMAR_PLACE = re.compile(r"^at \d+\(\d+\): | 1 \| .*$", re.DOTALL)
+"""Where in a grammar a mistake is."""
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -95,13 +103,18 @@ class ApiError(Exception):
         return Response(self.encode(), self.status, self.headers, "application/json")
 
 
+def invalid_field(name: str, what: str) -> ApiError:
+    """A field with a value that it cannot have, e.g. ``what="is 3 without stream"``."""
+    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told about an exception; details of our own mistakes stay in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ConfigError):
         message = str(error)
-        return ApiError(400, message, param=_param_of(message))
+        return ApiError(400, message, param=_param_of(message), code="invalid_value")
     if isinstance(error, QueueFullError):
         headers = _retry_after(error.retry_after_s)
         return ApiError(429, str(error), code="queue_full", headers=headers)
@@ -121,9 +134,52 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
 
 
-def kv_exhausted(message: str) -> ApiError:
-    """A request that the engine ended as the KV cache cannot hold it."""
+def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiError:
+    """A refusal by the engine, in the words of a request whose fields have names of their own.
+
+    A form that was made of a field is not quoted: its client never saw it.
+    """
+    failure = as_api_error(error)
+    name = failure.param
+    if name is None or name not in field_names:
+        return failure
+    failure.param = field_names[name]
+    _, refused, reason = failure.message.partition("; it cannot be compiled: ")
+    if refused:
+        reason = _GRAMMAR_PLACE.sub("", reason)
+        failure.message = f"{failure.param} has a form that cannot be enforced: {reason}"
+    else:
+        failure.message = failure.param + failure.message.removeprefix(name)
+    return failure
+
+
+def output_error(message: str, kind: str | None) -> ApiError:
+    """A request that the engine ended: the KV cache cannot hold it, or it left no way to go on."""
+    if kind == "request":
+        return ApiError(400, message, code="cannot_generate")
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
+
+
+class FailureMiddleware:
+    """Answers what nobody expected, inside of what names and counts responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if scope["type"] != "http" or has_started:
+                raise
+            await as_api_error(error).response()(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -139,7 +195,6 @@ def install_error_handlers(app: FastAPI) -> None:
         EngineUnavailableError,
         RequestTimeoutError,
         RequestAbortedError,
-        Exception,
     ):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnectedError, _answer_nobody)
@@ -170,10 +225,12 @@ def validation_error(errors: Any) -> ApiError:
             400, f"{param} is not a known parameter", param=param, code="unknown_parameter"
         )
     if kind == "unsupported_parameter":
-        return ApiError(400, message, param=param, code="unsupported_parameter")
+        return ApiError(400, f"{param} is {message}", param=param, code="unsupported_parameter")
     if kind == "missing":
         what = param or "the body"
         return ApiError(400, f"{what} is missing", param=param, code="missing_required_parameter")
+    if param is None and kind.endswith("_attributes_type"):
+        message = "the body must be a JSON object, sent as Content-Type: application/json"
     text = f"{param}: {message}" if param else message
     if "input" in first and isinstance(first["input"], str | int | float | bool | None):
         text += f"; it is {first['input']!r:.100}"
@@ -182,19 +239,31 @@ def validation_error(errors: Any) -> ApiError:
 
 def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
+    message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         message = f"{request.method} {request.url.path} is not a known path"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
+        headers["Allow"] = _methods_of(request) or headers.get("Allow", "")
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return ApiError(error.status_code, message, code=code, headers=headers).response()
+
+
+def _methods_of(request: Request) -> str:
+    """Methods of a path; the router names those of the first route only."""
+    methods = {
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    }
+    return ", ".join(sorted(methods))
 
 
 def _param_of(message: str) -> str | None:
     """The field that a ``ConfigError`` is about: its texts start with the name."""
-    name = message.split(" ", 1)[0]
-    return name if name.isidentifier() and (name.islower() or "_" in name) else None
+    found = _NAMED.match(message)
+    return None if found is None else found[1]
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

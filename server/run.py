@@ -7,13 +7,14 @@ Thread-safety: none; the main thread.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import signal
 import socket
 import stat
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from ..engine import (
     AsyncLLMEngine,
     ConfigError,
     EngineConfig,
+    LLMEngine,
     StartupPhase,
     StartupPhases,
     VmallocError,
@@ -31,6 +33,8 @@ from ..engine import (
 )
 from .app import create_app
 from .config import ServerConfig
+from .connection import MAX_HEAD_BYTES, Connection
+from .logs import setup_logs
 from .state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,9 @@ BACKLOG = 2048
 FLUSH_SECONDS = 5
 """Time that answers which are ready get to reach their clients when the server ends."""
 
+END_SECONDS = 5.0
+"""Time that the engine gets to end a step when the server is told to end at once."""
+
 
 def serve(
     model: str,
@@ -53,14 +60,22 @@ def serve(
     """Serve a model until SIGTERM or SIGINT; the exit code.
 
     A first signal drains: new requests get 503, running ones end, up to ``shutdown_timeout_s``. A
-    second one ends at once.
+    second one ends at once, with the exit code 1 as requests may be lost.
 
     Raises ``ConfigError`` where nothing can listen, and for a model or setting that cannot work.
     """
+    setup_logs(server_config.log_format)
     listener = listen(server_config)
     phases = StartupPhases(on_finished=_log_phase)
+
+    def load(phases: StartupPhases) -> LLMEngine:
+        loaded = load_engine(model, tokenizer, engine_config, phases=phases)
+        with phases.phase("prepare structured outputs"):
+            loaded.prepare_structured_outputs()
+        return loaded
+
     engine = AsyncLLMEngine(
-        lambda phases: load_engine(model, tokenizer, engine_config, phases=phases),
+        load,
         max_queued_requests=server_config.max_queued_requests,
         queue_timeout_s=server_config.queue_timeout_s,
         release_idle_after_s=server_config.release_idle_after_s,
@@ -76,9 +91,14 @@ def serve(
             Path(server_config.uds).unlink(missing_ok=True)
     if isinstance(server.start_error, VmallocError):
         raise server.start_error
-    if server.start_error is not None or engine.failure is not None:
-        return EXIT_FAILED
-    return EXIT_OK
+    is_clean = server.start_error is None and engine.failure is None and not state.is_hurried
+    code = EXIT_OK if is_clean else EXIT_FAILED
+    if not engine.end(END_SECONDS):
+        # It loads or hangs in a step, and Python would take itself apart under it.
+        logger.warning("the engine is in the middle of something; the process ends without it")
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 class DrainingServer(uvicorn.Server):
@@ -99,7 +119,11 @@ class DrainingServer(uvicorn.Server):
                 lifespan="on",
                 server_header=False,
                 backlog=BACKLOG,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
+                http=Connection,
+                loop="asyncio",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                # Only for what ``_abort_connections`` did not end.
+                timeout_graceful_shutdown=2 * FLUSH_SECONDS,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )
@@ -111,17 +135,44 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; end at once at the second."""
-        if self._loop is None or self._state.is_draining:
+        if self._loop is None or self._state.is_hurried:
             self.should_exit = self.force_exit = True
             return
+        if self._state.is_draining:
+            self._state.is_hurried = self.should_exit = True
+            self._on_loop(self._hurry, sig)
+            return
         self._state.is_draining = True
-        self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
+        self._on_loop(self._start_to_drain, sig)
+
+    def _on_loop(self, function: Callable[[str], None], sig: int) -> None:
+        """Call a function with the signal's name. It interrupted some request, and is none of its
+        business: lines that it logs do not bear its id."""
+        assert self._loop is not None
+        name = signal.Signals(sig).name
+        self._loop.call_soon_threadsafe(function, name, context=contextvars.Context())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for address in _addresses(self._state.config, sockets or []):
             logger.info("listening on %s", address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A client that never reads its answer does not keep the server.
+        assert self._loop is not None
+        self._loop.call_later(FLUSH_SECONDS, self._abort_connections)
+        await super().shutdown(sockets)
+
+    def _hurry(self, signal_name: str) -> None:
+        engine = self._state.engine
+        logger.warning("%s again: %d requests are given up", signal_name, engine.num_live)
+        self._abort_connections()
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.abort()
 
     def _start_to_drain(self, signal_name: str) -> None:
         engine = self._state.engine
@@ -151,12 +202,13 @@ def listen(config: ServerConfig) -> socket.socket:
     if config.uds is not None:
         return _listen_unix(config.uds)
     try:
-        family, _, _, _, address = socket.getaddrinfo(
+        # Without the protocol asyncio would not switch Nagle's algorithm off: 40 ms a token.
+        family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         raise ConfigError(f"host is {config.host!r}; it has no address: {error}") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -209,10 +261,3 @@ def _addresses(config: ServerConfig, sockets: list[socket.socket]) -> list[str]:
 
 def _log_phase(phase: StartupPhase) -> None:
     logger.info("%s: %.2f s", phase.name, phase.seconds)
-
-
-def setup_basic_logs() -> None:
-    """Log lines for people on stderr."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )

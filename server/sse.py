@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError, to_json
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -23,8 +24,11 @@ HEADERS = {
 def event(data: BaseModel | dict[str, Any], name: str | None = None) -> bytes:
     """One event: a pydantic model (unset fields left out) or a dict, as JSON."""
     if isinstance(data, BaseModel):
-        text = data.model_dump_json(exclude_unset=True)
+        text = data.model_dump_json(exclude_unset=True).encode()
     else:
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    prefix = "" if name is None else f"event: {name}\n"
-    return f"{prefix}data: {text}\n\n".encode("utf-8", "replace")
+        try:
+            text = to_json(data)  # ten times as fast as json.dumps, once per token
+        except PydanticSerializationError:  # a client's half surrogate pair, quoted in an error
+            text = json.dumps(data).encode("ascii")
+    prefix = b"" if name is None else f"event: {name}\n".encode()
+    return b"%bdata: %b\n\n" % (prefix, text)

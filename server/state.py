@@ -6,13 +6,27 @@ Thread-safety: none; one event loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from pathlib import Path
 
-from ..engine import AsyncLLMEngine, ConfigError, EngineUnavailableError, RequestStream
+from .. import __version__
+from ..engine import (
+    AsyncLLMEngine,
+    EngineUnavailableError,
+    LLMEngine,
+    RequestStream,
+)
 from .config import ServerConfig
+from .metrics import ServerMetrics
 from .page_map_feed import PageMapFeed
+from .template_source import load_template
 from .text import TextProcessor
+from .tracing import RequestTracer
+
+CLOSE_SECONDS = 60.0
+"""Longest wait for the end of the engine's step."""
+
+HURRIED_CLOSE_SECONDS = 5.0
 
 
 class ServerState:
@@ -23,10 +37,15 @@ class ServerState:
         config: the server's settings.
         model: what the model was loaded by.
 
+    Raises ``ConfigError`` for a chat template that is none.
+
     Attributes:
         model_names: names that requests may give the model; the first is reported.
         created: when the server started, in seconds of the Unix clock.
         is_draining: whether it is about to end; streams without an end should.
+        is_hurried: whether it is to end at once, and nobody waits for a step that hangs.
+        metrics: what ``/metrics`` shows.
+        tracer: what makes a span of each request, or None.
         page_map: the page map for whoever watches it.
     """
 
@@ -38,7 +57,13 @@ class ServerState:
         self.model_names = config.served_model_names or (model,)
         self.created = created
         self.is_draining = False
+        self.is_hurried = False
+        self.metrics = ServerMetrics(engine, model_name=self.model_name, version=__version__)
+        endpoint = config.otlp_traces_endpoint
+        self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
         self.page_map = PageMapFeed(engine, self.model_name)
+        path = config.chat_template
+        self._chat_template = None if path is None else load_template(path)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 
@@ -46,6 +71,11 @@ class ServerState:
     def model_name(self) -> str:
         """The name that responses report."""
         return self.model_names[0]
+
+    @property
+    def is_started(self) -> bool:
+        """Whether everything that a request needs is there."""
+        return self._text is not None
 
     @property
     def max_model_len(self) -> int | None:
@@ -64,12 +94,8 @@ class ServerState:
         """Wait for the engine, and get ready for text. Raises what loading raised."""
         await self.engine.wait_started()
         tokenizer = await self.engine.call(lambda engine: engine.tokenizer)
-        path = self.config.chat_template
-        try:
-            template = None if path is None else Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template is {path!r}: {error}") from error
-        self._text = TextProcessor(tokenizer, template)
+        self.metrics.set_cache_info(await self.engine.call(_cache_info))
+        self._text = TextProcessor(tokenizer, self._chat_template)
 
     def add_stream(self, stream: RequestStream, *names: str) -> None:
         """Let a request be aborted by these names."""
@@ -91,6 +117,28 @@ class ServerState:
     async def close(self) -> None:
         """Give everything back."""
         self.is_draining = True
-        await self.engine.close()
+        await self.engine.close(HURRIED_CLOSE_SECONDS if self.is_hurried else CLOSE_SECONDS)
         if self._text is not None:
             self._text.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
+
+
+def _cache_info(engine: LLMEngine) -> dict[str, object]:
+    """Labels of ``vllm:cache_config_info``: vLLM's, where there is such a thing, and our own."""
+    config, cache, stats = engine.config, engine.backend.config, engine.kv_stats()
+    block_bytes = config.block_size * cache.token_bytes
+    return {
+        "block_size": config.block_size,
+        "cache_dtype": cache.layers[0].dtype,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": stats.capacity_bytes,
+        "num_gpu_blocks": stats.capacity_bytes // block_bytes,
+        "kv_backend": engine.backend.name,
+        "page_bytes": stats.page_bytes,
+        "token_bytes": cache.token_bytes,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "kernel": engine.kernel_name,
+    }

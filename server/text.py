@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ..engine import ConfigError
+from .vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class TextProcessor:
         self._chat_template = chat_template
         if chat_template is None and tokenizer is not None:
             self._chat_template = getattr(tokenizer, "chat_template", None)
+        self._vocabulary: Vocabulary | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vmalloc-text")
 
     @property
@@ -52,14 +54,18 @@ class TextProcessor:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises ``ConfigError`` for text that is no Unicode."""
+        return (await self.encode_batch([text], add_special_tokens=add_special_tokens))[0]
 
-        def encode(tokenizer: Any) -> list[int]:
-            try:
-                return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-            except (TypeError, UnicodeError) as error:  # half a surrogate pair is no character
-                raise ConfigError(
-                    f"prompt is {text[:80]!r}; it cannot be encoded: {error}"
-                ) from error
+    async def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text. Raises ``ConfigError`` for text that is no Unicode."""
+        for text in texts:
+            _check_is_unicode(text)
+
+        def encode(tokenizer: Any) -> list[list[int]]:
+            encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)
+            return [list(token_ids) for token_ids in encoded["input_ids"]]
 
         return await self.run(encode)
 
@@ -67,10 +73,32 @@ class TextProcessor:
         """Text of token ids."""
         return await self.run(
             lambda tokenizer: str(
-                tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+                tokenizer.decode(
+                    list(token_ids),
+                    skip_special_tokens=skip_special_tokens,
+                    clean_up_tokenization_spaces=False,
+                )
             )
         )
+
+    async def vocabulary(self) -> Vocabulary:
+        """What the tokens stand for; read once."""
+        if self._vocabulary is None:
+            if self._tokenizer is None:
+                self._vocabulary = Vocabulary(None)
+            else:
+                self._vocabulary = await self.run(Vocabulary)
+        return self._vocabulary
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_is_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half a surrogate pair is no character
+        raise ConfigError(
+            f"prompt is {text[:80]!r}; character {error.start} is half a surrogate pair"
+        ) from error

@@ -1,4 +1,4 @@
-"""The command line: ``vmalloc generate``, ``serve``, ``bench`` and ``info``.
+"""The command line: ``vmalloc generate``, ``serve``, ``top``, ``bench`` and ``info``.
 
 Owns: what people read; the options are in ``cli_options.py`` and ``serve_options.py``.
 Thread-safety: none; one process, one command.
@@ -10,21 +10,23 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.style import Style
 
+from . import bench_options as benching
 from . import cli_options as options
 from . import serve_options as serving
 from .errors import ConfigError, VmallocError
+from .prompt_text import TextPrinter, read_prompts
 
 if TYPE_CHECKING:
     from .engine import LLM, EngineConfig, RequestOutput
@@ -40,9 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-_BOLD = Style(bold=True)
 
 
 @app.command()
@@ -91,7 +90,7 @@ def generate(
     batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
-    prompts = _read_prompts(prompt or [], prompts_file)
+    prompts = read_prompts(prompt or [], prompts_file)
     _prepare_process(model)
     from .engine import LLM, SamplingParams, StructuredOutputsParams
 
@@ -157,11 +156,12 @@ def serve(
     max_num_queued_reqs: serving.MaxNumQueuedReqs = 512,
     queue_timeout: serving.QueueTimeout = None,
     request_timeout: serving.RequestTimeout = None,
-    max_body_bytes: serving.MaxBodyBytes = 4 * 2**20,
+    max_body_bytes: serving.MaxBodyBytes = 8 << 20,
+    body_timeout: serving.BodyTimeout = 30.0,
     max_logprobs: serving.MaxLogprobs = 20,
-    shutdown_timeout: serving.ShutdownTimeout = 30.0,
-    health_timeout: serving.HealthTimeout = 30.0,
-    release_idle_after: serving.ReleaseIdleAfter = None,
+    shutdown_timeout: serving.ShutdownTimeout = 60.0,
+    health_timeout: serving.HealthTimeout = 120.0,
+    release_idle_after: serving.ReleaseIdleAfter = 30.0,
     log_format: serving.LogFormatOption = serving.LogFormat.TEXT,
     enable_log_requests: serving.EnableLogRequests = False,
     disable_log_stats: serving.DisableLogStats = False,
@@ -186,7 +186,7 @@ def serve(
     batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
-    model = _one_model(model_argument, model)
+    model = _one_model(context, model_argument, model)
     if as_json and not dry_run:
         raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
     _prepare_process(model)
@@ -212,11 +212,12 @@ def serve(
         queue_timeout_s=queue_timeout,
         request_timeout_s=request_timeout,
         max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout,
         allowed_origins=tuple(allowed_origins or ()),
         sse_keep_alive_s=sse_keep_alive_interval,
         shutdown_timeout_s=shutdown_timeout,
         health_timeout_s=health_timeout,
-        release_idle_after_s=release_idle_after,
+        release_idle_after_s=release_idle_after or None,
         root_path=root_path,
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
@@ -226,6 +227,86 @@ def serve(
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
     raise typer.Exit(run_server(model, tokenizer, engine_config, server_config))
+
+
+@app.command()
+def bench(
+    url: benching.Url,
+    endpoint: benching.EndpointOption = benching.Endpoint.COMPLETIONS,
+    model: benching.Model = "auto",
+    api_key: benching.ApiKey = None,
+    num_prompts: benching.NumPrompts = 100,
+    request_rate: benching.RequestRate = math.inf,
+    max_concurrency: benching.MaxConcurrency = None,
+    seed: benching.Seed = 0,
+    input_len: benching.InputLen = 128,
+    output_len: benching.OutputLen = 64,
+    length_spread: benching.LengthSpread = 0.5,
+    ignore_eos: benching.IgnoreEos = True,
+    time_limit: benching.TimeLimit = 600.0,
+    request_timeout: benching.RequestTimeout = 120.0,
+    goodput: benching.Goodput = None,
+    as_json: benching.AsJson = False,
+    output: benching.Output = None,
+) -> None:
+    """Send a server a ragged load and report latencies, throughput and goodput as clients see them.
+
+    The load is the same for the same seed: log-normal lengths, random arrivals. Ctrl-C ends it
+    early and shows what there is.
+    """
+    _check_extra("server", ("httpx",))
+    from .server.bench_client import run_bench
+    from .server.bench_load import BenchSettings, read_goodput
+    from .server.bench_progress import BenchProgress
+    from .server.bench_result import bench_report
+
+    settings = BenchSettings(
+        url=url,
+        endpoint=endpoint.value,
+        model=model,
+        api_key=(api_key or "").partition(" ")[0] or None,  # a server may have several
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+        seed=seed,
+        input_len=input_len,
+        output_len=output_len,
+        length_spread=length_spread,
+        goodput=read_goodput(goodput or ()),
+        time_limit_s=time_limit,
+        request_timeout_s=request_timeout,
+        ignore_eos=ignore_eos,
+    )
+    with BenchProgress(num_prompts) as progress:
+        result = run_bench(settings, progress.add)
+    document = json.dumps(result.summary())
+    if output is not None:
+        _write_text(output, document + "\n")
+    if as_json:
+        sys.stdout.write(document + "\n")
+    else:
+        Console().print(bench_report(result))
+    if result.failures or result.num_unfinished:
+        raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the server is, e.g. http://localhost:8000.")],
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that the server asks for.", envvar="VMALLOC_API_KEY"),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print frames as JSON, one a line.")
+    ] = False,
+) -> None:
+    """Watch the pages of a running server in the terminal. Ctrl-C ends it."""
+    _check_extra("server", ("httpx",))
+    from .server.top import top as run_top
+
+    raise typer.Exit(run_top(url, api_key=api_key, once=once, as_json=as_json))
 
 
 @app.command()
@@ -240,78 +321,6 @@ def info(as_json: options.AsJson = False) -> None:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
         Console().print(host_report(facts))
-
-
-class TextPrinter:
-    """Prints texts in the order of the prompts and completions, each as it comes."""
-
-    def __init__(self, prompts: list[str], num_completions: int = 1) -> None:
-        self._prompts = prompts
-        self._num_completions = num_completions
-        self._console = Console()
-        self._pending = [""] * len(prompts) * num_completions
-        self._is_finished = [False] * len(prompts) * num_completions
-        self._current = -1
-        self._next()
-
-    def add(self, output: RequestOutput) -> None:
-        """Take what is new of one request; show it if its completion is the one on screen."""
-        first = int(output.request_id) * self._num_completions
-        for completion in output.outputs:
-            self._pending[first + completion.index] += completion.text
-            self._is_finished[first + completion.index] = completion.is_finished
-        if output.is_finished:  # also of completions that there are none of
-            self._is_finished[first : first + self._num_completions] = [
-                True
-            ] * self._num_completions
-        while self._current < len(self._pending):
-            self._write(self._pending[self._current])
-            self._pending[self._current] = ""
-            if not self._is_finished[self._current]:
-                break
-            self._write("\n\n")
-            self._next()
-
-    def _next(self) -> None:
-        self._current += 1
-        if self._current < len(self._pending):
-            prompt_idx, idx = divmod(self._current, self._num_completions)
-            prompt = self._prompts[prompt_idx]
-            if self._num_completions > 1:
-                self._write(f"[{idx + 1}/{self._num_completions}] ")
-            self._write(_BOLD.render(prompt) if self._console.is_terminal else prompt)
-
-    def _write(self, text: str) -> None:
-        # Past the console, which would expand tabs and drop carriage returns of the model's text.
-        self._console.file.write(text)
-        self._console.file.flush()
-
-
-def _read_prompts(prompts: list[str], prompts_file: Path | None) -> list[str]:
-    """Prompts of the options, then those of the file."""
-    result = list(prompts)
-    if prompts_file is not None:
-        try:
-            # Bytes, and cut at newlines alone: form feeds and the like belong to a prompt.
-            text = prompts_file.read_bytes().decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts file is {str(prompts_file)!r}: {error}") from error
-        lines = [line.removesuffix("\r") for line in text.split("\n")]
-        result += [_read_prompt_line(line) for line in lines if line.strip()]
-    if not result:
-        raise ConfigError("there is no prompt; give --prompt TEXT or --prompts-file FILE")
-    return result
-
-
-def _read_prompt_line(line: str) -> str:
-    if line.startswith('"') and line.rstrip().endswith('"'):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            return line
-        if isinstance(value, str):
-            return value
-    return line
 
 
 def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> None:
@@ -373,7 +382,17 @@ def _engine_settings(params: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _one_model(argument: str | None, option: str | None) -> str:
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output is {str(path)!r}; it cannot be written: {error}") from error
+
+
+def _one_model(context: typer.Context, argument: str | None, option: str | None) -> str:
+    source: Any = context.get_parameter_source("model")
+    if argument is not None and source.name == "DEFAULT_MAP":  # of a config file
+        return argument
     if argument is not None and option is not None and argument != option:
         raise ConfigError(f"the model is {argument!r} and --model is {option!r}; give one of them")
     return argument or option or "demo"

@@ -39,7 +39,7 @@ async function loadModels(playground) {
 }
 
 const memory = new Memory();
-const playground = new Playground();
+const playground = new Playground((id) => memory.setOwn(id));
 startTheme(() => memory.redraw());
 
 const feed = watch("page-map/events", {

@@ -67,9 +67,14 @@ export class Memory {
     this.frame = frame;
     this.tokens.push(frame.time, frame.totals.tokens_per_s);
     this.pages.push(frame.time, frame.totals.pages_mapped_per_s);
-    this.view.show(frame.map);
+    this.view.show(frame.map, frame.time);
     this.showText(frame);
     this.schedule();
+  }
+
+  /** The response whose rows are to stand out. */
+  setOwn(id) {
+    this.view.own = id;
   }
 
   /** Colours or sizes changed. */
@@ -103,12 +108,13 @@ export class Memory {
     const { map, totals } = this.frame;
     const canvas = find("capacity-bar");
     const { context, width, height } = fit(canvas);
+    context.save();
     context.beginPath();
     context.roundRect(0, 0, width, height, 5);
     context.clip();
     this.painter.paint(context, "track", 0, 0, width, height);
     const parts = Object.entries(bytesByKind(map, totals));
-    const whole = Math.max(totals.capacity_bytes, ...[parts.reduce((sum, [, size]) => sum + size, 0)]);
+    const whole = Math.max(totals.capacity_bytes, parts.reduce((sum, [, size]) => sum + size, 0));
     let x = 0;
     for (const [kind, size] of parts) {
       if (size === 0) continue;
@@ -116,6 +122,7 @@ export class Memory {
       this.painter.paint(context, kind, Math.round(x), 0, Math.round(end) - Math.round(x), height);
       x = end;
     }
+    context.restore();
     const words = parts.filter(([, size]) => size).map(([kind, size]) => `${KINDS[kind].name} ${bytes(size)}`);
     canvas.setAttribute("aria-label", `Physical memory by use: ${words.join(", ") || "none"}`);
   }
@@ -129,7 +136,7 @@ export class Memory {
       const swatch = element("canvas");
       const size = element("span", "–");
       swatch.setAttribute("aria-hidden", "true");
-      item.append(swatch, element("b", name), size, element("span", `: ${meaning}`, "hidden"));
+      item.append(swatch, element("b", name), size, element("span", meaning, "hidden"));
       list.append(item);
       entries.set(kind, { swatch, size });
     }

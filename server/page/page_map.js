@@ -7,6 +7,7 @@ const AXIS_HEIGHT = 26;
 const ROW_GAP = 6;
 const MOST_STRIPS = 4; // more regions than that are drawn as one
 const SMALLEST_CELL = 4; // pages thinner than that are drawn as a run
+const EMPTY_S = 4; // rows are kept for so long after the last page left
 const RANK = ["live", "shared", "ahead", "parked", "retired"];
 
 /** Pages a row reaches to, rounded up to 16, 24, 32, 48, 64, ... */
@@ -43,6 +44,8 @@ export class PageMapView {
     Object.assign(this, { canvas, tooltip, cursorText, empty });
     this.map = null;
     this.rows = [];
+    this.own = null; // id of the response that this page asked for last
+    this.emptySince = null;
     this.axis = 16;
     this.selected = null; // {row, strip, run} by index
     this.isByKeyboard = false;
@@ -56,8 +59,9 @@ export class PageMapView {
     canvas.parentElement.addEventListener("scroll", () => this.placeTooltip());
   }
 
-  show(map) {
+  show(map, time) {
     this.map = map;
+    this.forgetRows(time);
     const slots = new Map(map.slots.map((slot) => [slot.slot_idx, slot]));
     // Rows stay where they are once a slot had pages: what moves about cannot be read.
     for (const row of this.rows) {
@@ -74,6 +78,13 @@ export class PageMapView {
     if (!this.run) this.selected = null;
   }
 
+  /** Once no slot had pages for a while, begin anew. */
+  forgetRows(time) {
+    if (this.map.slots.length) this.emptySince = null;
+    else this.emptySince ??= time;
+    if (this.emptySince !== null && time - this.emptySince > EMPTY_S) this.rows = [];
+  }
+
   get run() {
     if (!this.selected) return null;
     return this.rows[this.selected.row]?.strips[this.selected.strip]?.[this.selected.run] ?? null;
@@ -87,7 +98,7 @@ export class PageMapView {
   layout(width) {
     const strip = this.numStrips === 1 ? 14 : 8;
     const height = this.numStrips * (strip + 1) - 1;
-    const left = width < 420 ? 84 : 128;
+    const left = width < 420 ? 96 : 128;
     const right = width - 14;
     return { strip, height, pitch: height + ROW_GAP, left, right, cell: (right - left) / this.axis };
   }
@@ -178,7 +189,9 @@ export class PageMapView {
   labelOf(slot) {
     if (slot.is_padding) return ["padding", "muted"];
     if (slot.seq_id === null) return ["free", "muted"];
-    return [slot.request_id ?? `sequence ${slot.seq_id}`, "ink"];
+    if (slot.request_id === null) return [`sequence ${slot.seq_id}`, "ink"];
+    if (this.own && slot.request_id.startsWith(this.own)) return ["yours", "accent"];
+    return [slot.request_id.replace(/^(chat)?cmpl-|^resp_/, ""), "ink"];
   }
 
   /** What is under the pointer. */
@@ -239,7 +252,7 @@ export class PageMapView {
     const pages = run.end - run.first === 1 ? `Page ${run.first}` : `Pages ${run.first} to ${run.end - 1}`;
     const numRegions = this.map.row_bytes.length;
     const where = numRegions === 1 ? "" : this.numStrips === 1 ? ` in each of ${numRegions} regions` : ` of region ${region}`;
-    const [label] = this.labelOf(slot);
+    const label = this.labelOf(slot)[0].replace(/^yours$/, "your request");
     const tokens = slot.seq_id === null ? "" : ` · ${count(slot.num_tokens)} tokens`;
     const { name, meaning } = KINDS[run.kind];
     return (

@@ -9,7 +9,11 @@ const EMPTY = {
   chat: "Talk to the model. Every token it writes takes memory on the right.",
   completion: "Write the beginning of a text, and the model goes on.",
 };
-const PLACEHOLDER = { chat: "Ask something", completion: "Once upon a time" };
+const EXAMPLES = {
+  chat: ["What is virtual memory?", "Write a haiku about page tables."],
+  completion: ["def quicksort(items):", "class Stack:", "import os"],
+};
+const PLACEHOLDER = { chat: "Ask something", completion: "The beginning of a text" };
 const END_WORDS = { length: "reached max tokens", abort: "aborted", error: "ended with an error" };
 
 /** The number in a field, undefined where it is empty. */
@@ -19,7 +23,10 @@ function numberIn(id) {
 }
 
 export class Playground {
-  constructor() {
+  /** `onResponse` hears the id of every response that begins. */
+  constructor(onResponse) {
+    this.onResponse = onResponse;
+    this.hasChosenMode = false;
     this.history = []; // chat messages so far
     this.controller = null;
     this.output = find("output");
@@ -27,6 +34,7 @@ export class Playground {
       event.preventDefault();
       this.send();
     });
+    find("settings-form").addEventListener("submit", (event) => event.preventDefault());
     find("prompt").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
@@ -38,7 +46,10 @@ export class Playground {
       if (event.key === "Escape" && this.controller) this.stop();
     });
     for (const input of document.querySelectorAll("input[name=mode]")) {
-      input.addEventListener("change", () => this.setMode());
+      input.addEventListener("change", () => {
+        this.hasChosenMode = true;
+        this.setMode();
+      });
     }
     this.setMode();
   }
@@ -53,7 +64,6 @@ export class Playground {
     const { mode } = this;
     document.body.classList.toggle("mode-completion", mode === "completion");
     this.output.classList.toggle("completion", mode === "completion");
-    this.output.dataset.empty = EMPTY[mode];
     find("prompt").placeholder = PLACEHOLDER[mode];
     find("system-field").hidden = mode === "completion";
   }
@@ -62,13 +72,40 @@ export class Playground {
     const select = find("model");
     const chosen = select.value;
     select.replaceChildren(...models.map((model) => new Option(model, model, false, model === chosen)));
+    // The bundled model goes on with Python code; it does not converse.
+    if (models[0] === "demo" && !this.hasChosenMode && !this.output.firstElementChild?.matches(".turn")) {
+      document.querySelector("input[name=mode][value=completion]").checked = true;
+      this.setMode();
+    }
+    this.hasChosenMode = true;
   }
 
   clear() {
     this.stop();
     this.history = [];
-    this.output.replaceChildren();
+    this.output.replaceChildren(this.makeExamples());
     this.showError("");
+  }
+
+  /** What an empty output says, and prompts to begin with. */
+  makeExamples() {
+    const box = document.createElement("div");
+    box.className = "examples";
+    const text = document.createElement("p");
+    text.textContent = EMPTY[this.mode];
+    box.append(text);
+    for (const example of EXAMPLES[this.mode]) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = example;
+      button.addEventListener("click", () => {
+        find("prompt").value = example;
+        find("prompt").focus();
+        this.send();
+      });
+      box.append(button);
+    }
+    return box;
   }
 
   stop() {
@@ -84,6 +121,8 @@ export class Playground {
     const hadFocus = document.activeElement === find("stop");
     find("stop").hidden = !isBusy;
     find("send").disabled = isBusy;
+    find("hint-idle").hidden = isBusy;
+    find("hint-busy").hidden = !isBusy;
     this.output.setAttribute("aria-busy", String(isBusy));
     if (!isBusy && hadFocus) find("prompt").focus();
   }
@@ -117,7 +156,7 @@ export class Playground {
     this.showError("");
     const asked = isChat ? Turn.said("You", text) : null;
     const turn = new Turn(isChat ? "Model" : "", isChat ? "" : text);
-    if (!isChat) this.output.replaceChildren();
+    if (!isChat || !this.history[1]) this.output.replaceChildren();
     this.append(...(asked ? [asked] : []), turn.element);
     if (isChat) prompt.value = "";
     this.setBusy(true);
@@ -146,6 +185,7 @@ export class Playground {
       if (message === null) continue;
       if (message.data === "[DONE]") return;
       const chunk = JSON.parse(message.data);
+      if (chunk.id) this.onResponse(chunk.id);
       if (chunk.error) throw new ServerError(Number(chunk.error.code) || 500, chunk.error.message);
       if (chunk.usage) turn.usage = chunk.usage;
       const isAtEnd = this.isAtEnd();
@@ -168,6 +208,7 @@ export class Playground {
       turn.element.remove();
       if (!find("prompt").value) find("prompt").value = text; // to correct and send again
       if (this.mode === "chat") this.output.lastElementChild?.remove();
+      if (!this.output.children.length) this.output.append(this.makeExamples());
     }
   }
 
