@@ -144,7 +144,7 @@ class Engine {
 
  private:
   void operate() {
-    switch (pick(random_, 17)) {
+    switch (pick(random_, 18)) {
       case 0:
       case 1:
         admit();
@@ -181,6 +181,9 @@ class Engine {
         break;
       case 12:
         uncache();
+        break;
+      case 13:
+        if (!live_.empty()) assign();
         break;
       default:
         step();
@@ -258,6 +261,28 @@ class Engine {
                           live_[parent].begin() + static_cast<std::ptrdiff_t>(num_rows));
       check(child);
     }
+  }
+
+  /// Some sequences go on from others' rows, in their own slots.
+  void assign() {
+    KVArena::Slots slots, sources;
+    std::size_t num_rows = kMaxRows;
+    for (const auto& entry : live_) {
+      if (pick(random_, 2) == 0) continue;
+      slots.push_back(entry.first);
+      sources.push_back(any());
+      num_rows = std::min(num_rows, live_[sources.back()].size());
+    }
+    if (slots.empty()) return;
+    num_rows = pick(random_, num_rows + 1);
+    if (!arena_.try_assign(slots, sources, num_rows)) return;
+    const auto before = live_;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      const std::vector<float>& source = before.at(sources[i]);
+      live_[slots[i]].assign(source.begin(),
+                             source.begin() + static_cast<std::ptrdiff_t>(num_rows));
+    }
+    for (const std::uint32_t slot : slots) check(slot);
   }
 
   void swap_out() {
