@@ -66,6 +66,8 @@ def create_app(
         version=__version__,
         description="An OpenAI-compatible endpoint whose KV cache is virtual memory.",
         lifespan=lifespan,
+        # FastAPI's pages for people load their scripts from a CDN; ours is at /.
+        docs_url=None,
         redoc_url=None,
         # A path with a slash too many is unknown, not moved.
         redirect_slashes=False,

@@ -14,7 +14,7 @@ from .config import ServerConfig
 from .errors import ApiError
 
 OPEN_PATHS = frozenset(
-    {"/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs", "/favicon.ico"}
+    {"/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/favicon.ico"}
 )
 """What monitors and the page itself need; none of it shows or takes a prompt."""
 

@@ -90,6 +90,9 @@ async def render_chat(
             "is true, and so is add_generation_prompt; a message is either begun or gone on with",
         )
     template = template or template_of(state, with_tools=bool(tools))
+    most = None
+    if state.max_model_len is not None:
+        most = await state.text.max_chars(state.max_model_len)
     variables = dict(template_kwargs or {})
 
     def render(tokenizer: Any) -> RenderedPrompt:
@@ -109,7 +112,15 @@ async def render_chat(
             **marks.mark(variables),
         )
         pieces = marks.split(rendered) if marks.is_needed else [rendered]
-        return RenderedPrompt("".join(pieces), _encode(tokenizer, field, pieces, tokens))
+        text = "".join(pieces)
+        if most is not None and len(text) > most:
+            raise invalid_field(
+                field,
+                f"make {len(text)} characters; the model's context of {state.max_model_len} tokens "
+                f"never holds more than {most}",
+                code="context_length_exceeded",
+            )
+        return RenderedPrompt(text, _encode(tokenizer, field, pieces, tokens))
 
     return await state.text.run(render)
 

@@ -85,10 +85,26 @@ async def _read_prompts(state: ServerState, body: CompletionRequest) -> list[_Pr
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     if not texts:
         return [_Prompt(None, prompt) for prompt in body.prompt if isinstance(prompt, list)]
+    await _check_chars(state, texts)
     encoded = await text_processor.encode_batch(
         texts, add_special_tokens=value(body, "add_special_tokens")
     )
     return [_Prompt(text, token_ids) for text, token_ids in zip(texts, encoded, strict=True)]
+
+
+async def _check_chars(state: ServerState, texts: Sequence[str]) -> None:
+    """Raise ``ApiError`` for texts that need not be tokenised to know that they are too long."""
+    assert state.max_model_len is not None
+    most = await state.text.max_chars(state.max_model_len)
+    longest = max(map(len, texts))
+    if most is not None and longest > most:
+        raise ApiError(
+            400,
+            f"prompt has {longest} characters; the model's context of {state.max_model_len} tokens "
+            f"never holds more than {most}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 async def _plan(

@@ -18,7 +18,7 @@ from .errors import ApiError
 logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 30.0
-"""Time that the head of a request may take to arrive."""
+"""Time that the head of a request may take to arrive, and what comes of a body that was refused."""
 
 MAX_HEAD_BYTES = 1 << 16
 """Longest head."""
@@ -70,10 +70,18 @@ class Connection(H11Protocol):
         is_due = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
         # Between two requests uvicorn's keep-alive timer runs.
         is_due = is_due and (self.cycle is None or bool(self.conn.trailing_data[0]))
+        # The rest of a body is dropped. It stopped uvicorn's timer, and may never end.
+        is_due = is_due or self._is_dropping
         if not is_due:
             self._stop_head_timer()
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._end_wait)
+
+    @property
+    def _is_dropping(self) -> bool:
+        """Whether the answer went out before all of the body was there."""
+        is_over = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        return is_over and not self.transport.is_closing()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -82,8 +90,8 @@ class Connection(H11Protocol):
 
     def _end_wait(self) -> None:
         self._head_timer = None
-        if not self.conn.trailing_data[0]:
-            self.transport.close()  # it never said a word
+        if self._is_dropping or not self.conn.trailing_data[0]:
+            self.transport.close()  # it has its answer, or never said a word
             return
         self._refuse(
             ApiError(

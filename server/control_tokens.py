@@ -94,41 +94,53 @@ def encode_pieces(
 
     Raises ``ApiError`` for a typed token that the tokenizer only knows as a token.
     """
-    ids = _encode(tokenizer, pieces[0])
-    forbidden = set(tokenizer.convert_tokens_to_ids(list(tokens))) if len(pieces) > 1 else set()
-    for idx, piece in enumerate(pieces[1:], start=1):
-        if idx % 2 == 0:
-            ids += _encode_inside(tokenizer, piece)
-            continue
-        # Cut in two it is no token any more.
-        text_ids = _encode_inside(tokenizer, piece[:1]) + _encode_inside(tokenizer, piece[1:])
+    ids = _encode_all(tokenizer, pieces[:1])[0]
+    if len(pieces) == 1:
+        return ids
+    forbidden = set(tokenizer.convert_tokens_to_ids(list(tokens)))
+    # Cut in two it is no token any more.
+    cut = {piece: (piece[:1], piece[1:]) for piece in pieces[1::2]}
+    parts = [part for two in cut.values() for part in two]
+    inside = _encode_inside(tokenizer, dict.fromkeys([*parts, *pieces[2::2]]))
+    typed = {piece: inside[start] + inside[end] for piece, (start, end) in cut.items()}
+    for piece, text_ids in typed.items():
         if not forbidden.isdisjoint(text_ids):
             raise ApiError(
                 400,
                 f"{field} holds {piece!r}, which this model's tokenizer cannot write as text",
                 param=field,
             )
-        ids += text_ids
+    for idx, piece in enumerate(pieces[1:], start=1):
+        ids += typed[piece] if idx % 2 else inside[piece]
     return ids
 
 
-def _encode_inside(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text that has other text before it.
+def _encode_inside(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Token ids of texts that have other text before them.
 
     Some tokenizers put a space before whatever they are given: not after a line break, which is
-    taken away again.
+    taken away again. Few calls for all of them: there may be a million.
     """
-    if not text:
+    texts = [text for text in texts if text]
+    (line_break,) = _encode_all(tokenizer, ["\n"])
+    encoded: dict[str, list[int]] = {"": []}
+    others: list[str] = []
+    for text, ids in zip(
+        texts, _encode_all(tokenizer, ["\n" + text for text in texts]), strict=True
+    ):
+        if ids[: len(line_break)] == line_break:
+            encoded[text] = ids[len(line_break) :]
+        else:
+            others.append(text)
+    encoded.update(zip(others, _encode_all(tokenizer, others), strict=True))
+    return encoded
+
+
+def _encode_all(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
         return []
-    line_break = _encode(tokenizer, "\n")
-    ids = _encode(tokenizer, "\n" + text)
-    if ids[: len(line_break)] == line_break:
-        return ids[len(line_break) :]
-    return _encode(tokenizer, text)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [list(token_ids) for token_ids in encoded]
 
 
 def _strings(value: Any) -> Iterator[str]:

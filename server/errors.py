@@ -103,9 +103,9 @@ class ApiError(Exception):
         return Response(self.encode(), self.status, self.headers, "application/json")
 
 
-def invalid_field(name: str, what: str) -> ApiError:
+def invalid_field(name: str, what: str, code: str = "invalid_value") -> ApiError:
     """A field with a value that it cannot have, e.g. ``what="is 3 without stream"``."""
-    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")
+    return ApiError(400, f"{name} {what}", param=name, code=code)
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -63,3 +63,8 @@ async def ready(request: Request, response: Response) -> Health:
 async def version() -> Version:
     """The version of vmalloc."""
     return Version(version=__version__)
+
+
+# Load balancers ask so.
+for _path, _handler in (("/health", health), ("/ready", ready)):
+    router.add_api_route(_path, _handler, methods=["HEAD"], include_in_schema=False)

@@ -5,6 +5,7 @@ Owns: nothing.  Thread-safety: stateless.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -13,6 +14,10 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+
+LONG_BODY_BYTES = 256 << 10
+"""Longer bodies are read on another thread: megabytes take a second, in which no token would go
+out."""
 
 
 class JsonRoute(APIRoute):
@@ -30,7 +35,10 @@ class JsonRoute(APIRoute):
 
 class _JsonRequest(Request):
     async def json(self) -> Any:
-        return read_json(await self.body())
+        body = await self.body()
+        if len(body) <= LONG_BODY_BYTES:
+            return read_json(body)
+        return await asyncio.to_thread(read_json, body)
 
 
 def read_json(body: bytes) -> Any:

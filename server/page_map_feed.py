@@ -68,7 +68,7 @@ class _Look:
 
 
 _Inbox = asyncio.Queue[PageMapFrame | PageMapState | None]
-"""The newest frame that one watcher has not seen; None: there will be no more."""
+"""The newest frame that one watcher has not seen, and after it None if there will be no more."""
 
 
 class PageMapFeed:
@@ -121,7 +121,7 @@ class PageMapFeed:
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[PageMapFrame | PageMapState]]:
         """Frames as they are made; who is slow misses some. They end with the engine."""
-        inbox: _Inbox = asyncio.Queue(maxsize=1)
+        inbox: _Inbox = asyncio.Queue()
         self._inboxes.append(inbox)
         if self._task is None:
             self._newest = None
@@ -147,7 +147,7 @@ class PageMapFeed:
             if self._task is asyncio.current_task():  # else others watch another one
                 self._task = None
                 for inbox in self._inboxes:
-                    await inbox.put(None)
+                    inbox.put_nowait(None)  # a watcher who does not read is not waited for
 
     async def _next_in_time(self) -> PageMapFrame | PageMapState:
         """The next one; while the engine is long at one step, the last one is sent again."""
@@ -178,7 +178,7 @@ class PageMapFeed:
         self._newest = frame
         self._published = time.monotonic()
         for inbox in self._inboxes:
-            if inbox.full():
+            while not inbox.empty():
                 inbox.get_nowait()
             inbox.put_nowait(frame)
 

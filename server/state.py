@@ -112,6 +112,8 @@ class ServerState:
     def abort(self, name: str) -> int:
         """Abort the requests of that name; how many there were."""
         streams = [stream for stream in self._streams.get(name, ()) if not stream.is_ended]
+        if not streams:  # the engine's thread may not have taken it yet
+            return int(self.engine.abort(name))
         return sum(self.engine.abort(stream.request_id) for stream in streams)
 
     async def close(self) -> None:

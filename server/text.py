@@ -90,6 +90,13 @@ class TextProcessor:
                 self._vocabulary = await self.run(Vocabulary)
         return self._vocabulary
 
+    async def max_chars(self, num_tokens: int) -> int | None:
+        """More characters than a text of so many tokens can have; None: there may be any number.
+
+        To tokenise megabytes takes many seconds, which all other texts wait for.
+        """
+        return (await self.vocabulary()).max_chars(num_tokens)
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)

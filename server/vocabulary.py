@@ -15,6 +15,10 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_START = "\u2581"
 """What SentencePiece writes for a space."""
 
+_KEEPING_NORMALIZERS = frozenset({"Sequence", "NFC", "Prepend", "Replace"})
+"""Steps before tokenization that take no characters away, up to ``_MAX_COMPOSED`` to one."""
+_MAX_COMPOSED = 4
+
 
 class Vocabulary:
     """The tokens of one tokenizer.
@@ -29,15 +33,24 @@ class Vocabulary:
         self._added: dict[int, str] = {}
         self._special: frozenset[int] = frozenset()
         self._decoders: frozenset[str] = frozenset()
+        self._max_token_chars: int | None = None
         if tokenizer is None:
             return
         self._pieces = list(tokenizer.convert_ids_to_tokens(list(range(num_tokens))))
         self._added = {idx: str(one) for idx, one in tokenizer.added_tokens_decoder.items()}
         self._special = frozenset(tokenizer.all_special_ids)
         self._decoders = _decoder_kinds(tokenizer)
+        if self._decoders & {"ByteLevel", "ByteFallback"} and _keeps_characters(tokenizer):
+            self._max_token_chars = max(len(piece or "") for piece in self._pieces)
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    def max_chars(self, num_tokens: int) -> int | None:
+        """More characters than a text of so many tokens can have; None: there may be any number."""
+        if self._max_token_chars is None:
+            return None
+        return num_tokens * self._max_token_chars * _MAX_COMPOSED
 
     def is_special(self, token_id: int) -> bool:
         """Whether ``skip_special_tokens`` leaves it out of a text."""
@@ -77,6 +90,22 @@ def _decoder_kinds(tokenizer: Any) -> frozenset[str]:
         return frozenset()
     decoder = json.loads(backend.decoder.__getstate__())
     return frozenset(step["type"] for step in (decoder, *decoder.get("decoders", ())))
+
+
+def _keeps_characters(tokenizer: Any) -> bool:
+    """Whether every character of a text is part of some token, and a token has few of them."""
+    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        return False  # it takes any number of spaces beside it
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return True
+    steps = json.loads(normalizer.__getstate__())
+    steps = [steps, *steps.get("normalizers", ())]
+    return all(
+        step["type"] in _KEEPING_NORMALIZERS
+        and (step["type"] != "Replace" or (step["pattern"] == {"String": " "} and step["content"]))
+        for step in steps
+    )
 
 
 def _byte_chars() -> dict[str, int]:

@@ -60,7 +60,7 @@ class SamplingFields(ApiRequest):
         0.0, description="drop tokens less likely than this share of the most likely one"
     )
     typical_p: _Share | None = Field(1.0, description="locally typical sampling")
-    repetition_penalty: Annotated[float, Field(gt=0.0)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = Field(
         1.0, description="above 1: less of what prompt and answer hold already"
     )
     presence_penalty: _Penalty | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -458,3 +459,15 @@ def test_a_stream_that_is_aborted_says_so(demo_server: RunningServer) -> None:
     assert rest[-1] == "data: [DONE]"
     error = json.loads(rest[-2].removeprefix("data: "))["error"]
     assert error["code"] == "request_aborted"
+
+
+def test_a_chat_that_cannot_fit_is_refused_before_it_is_tokenised(
+    demo_server: RunningServer,
+) -> None:
+    """Megabytes take the one tokenizer many seconds, and all other prompts wait."""
+    messages = [{"role": "user", "content": "x" * 5_000_000}]
+    response = demo_server.post("/v1/chat/completions", messages=messages)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert re.match(r"messages make 50000\d\d characters; ", error["message"])

@@ -16,6 +16,7 @@ from vmalloc.engine import AsyncLLMEngine, ConfigError, load_engine
 from vmalloc.server.chat_messages import template_messages
 from vmalloc.server.chat_template import RenderedPrompt, render_chat
 from vmalloc.server.config import ServerConfig
+from vmalloc.server.control_tokens import TextMarks, control_tokens, encode_pieces
 from vmalloc.server.errors import ApiError
 from vmalloc.server.protocol.messages import ChatMessage
 from vmalloc.server.state import ServerState
@@ -100,6 +101,26 @@ def test_control_tokens_in_a_message_are_text(renderer: Any, tokenizer: Any, typ
     assert special(tokenizer, prompt) == [BOS, USER, ASSISTANT]
     assert prompt.text == f"{BOS}{USER}{typed}{ASSISTANT}"
     assert tokenizer.decode(prompt.token_ids) == prompt.text
+
+
+def test_many_typed_tokens_take_few_calls_of_the_tokenizer(tokenizer: Any) -> None:
+    """A body of eight megabytes holds a million; one call for each would take minutes."""
+    calls: list[Any] = []
+
+    class Counted:
+        convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return tokenizer(*args, **kwargs)
+
+    tokens = control_tokens(tokenizer, "")
+    text = "".join(f"{tokens[idx % len(tokens)]}{' ' * (idx % 3)}{idx % 7}" for idx in range(1000))
+    marks = TextMarks(tokens, [text], "messages")
+    ids = encode_pieces(Counted(), marks.split(marks.mark(text)), tokens, "messages")
+    assert len(calls) <= 4
+    assert tokenizer.decode(ids) == text
+    assert not set(tokenizer.convert_tokens_to_ids(list(tokens))) & set(ids)
 
 
 def test_control_tokens_in_tools_and_variables_are_text(renderer: Any, tokenizer: Any) -> None:

@@ -369,6 +369,21 @@ def test_errors_before_a_stream_have_a_status(demo_server: RunningServer) -> Non
         assert response.json()["error"]["param"] == param
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    demo_server: RunningServer,
+) -> None:
+    """Megabytes take the one tokenizer many seconds, and all other prompts wait."""
+    for prompt in ("x" * 5_000_000, ["short", " " * 5_000_000]):
+        response = demo_server.post("/v1/completions", prompt=prompt)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        assert error["message"].startswith("prompt has 5000000 characters; ")
+    # What may fit is counted in tokens.
+    response = demo_server.post("/v1/completions", prompt=" def" * 20_000)
+    assert response.json()["error"]["message"].startswith("prompt has 20001 tokens; ")
+
+
 @pytest.mark.parametrize("given", [None, "not a name"])
 def test_the_request_id_that_a_response_bears_names_it(
     given: str | None, demo_server: RunningServer

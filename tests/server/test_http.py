@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -16,7 +17,7 @@ from tests.server.app_thread import AppThread, make_state
 from tests.server.process import ServerProcess, assert_error
 from vmalloc.engine import LLMEngine, StartupPhases, load_engine
 
-OPEN = ["/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"]
+OPEN = ["/", "/health", "/ready", "/version", "/metrics", "/openapi.json"]
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +372,29 @@ class TestHeads:
                 time.sleep(0.001)
             assert ask(sock, b"\r\n")[0] == 200
 
+    @pytest.mark.parametrize("goes_on", [False, True])
+    def test_the_rest_of_a_refused_body_is_not_waited_for_without_end(
+        self, goes_on: bool, guarded: AppThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without a key, and a byte now and then, connections could be kept for ever."""
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n"
+        with guarded.connect() as sock:
+            assert ask(sock, head)[0] == 401
+            sock.sendall(b"x")
+            sock.settimeout(0.05 if goes_on else 20.0)
+            deadline = time.monotonic() + 20.0
+            while True:
+                assert time.monotonic() < deadline
+                try:
+                    assert sock.recv(1) == b""
+                    break
+                except TimeoutError:
+                    with contextlib.suppress(OSError):
+                        sock.sendall(b"x")
+                except ConnectionResetError:
+                    break
+
     def test_garbage_after_an_answer_closes_the_connection(
         self, shared_server: ServerProcess
     ) -> None:
@@ -381,3 +405,15 @@ class TestHeads:
             head = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999\r\n\r\n"
             assert ask(sock, head)[0] == 413
             sock.sendall(b"x" * 100)
+
+
+def test_load_balancers_may_ask_by_head(guarded: AppThread) -> None:
+    guarded.wait_started()
+    for path in ("/health", "/ready"):
+        response = guarded.http.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
+def test_no_page_loads_scripts_from_elsewhere(guarded: AppThread) -> None:
+    response = guarded.http.get("/docs", headers=bearer("first"))
+    assert response.status_code == 404

@@ -240,3 +240,25 @@ def test_prompt_logprobs_over_http(demo_server: RunningServer, demo_llm: LLM) ->
     for token_id, place in zip(token_ids[1:], places[1:], strict=True):
         assert 1 <= len(place) <= 2
         assert place[str(token_id)]["logprob"] == min(one["logprob"] for one in place.values())
+
+
+def test_no_text_has_more_characters_than_its_tokens_allow(demo_llm: LLM) -> None:
+    for tokenizer in (demo_llm.get_tokenizer(), byte_fallback_tokenizer()):
+        words = Vocabulary(tokenizer)
+        longest = max(map(len, tokenizer.get_vocab()))
+        for text in (" " * 1000, "def " * 100, "Ü\U0001f600漢" * 100, "e\u0301" * 100):
+            most = words.max_chars(len(tokenizer.encode(text)))
+            assert most is not None
+            assert len(text) <= most
+        assert words.max_chars(10) == 10 * longest * 4
+    assert Vocabulary(None).max_chars(10) is None
+
+
+def test_tokenizers_that_drop_text_bound_nothing() -> None:
+    for change in ("normalizer", "added"):
+        tokenizer = byte_fallback_tokenizer()
+        if change == "normalizer":
+            tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+        else:
+            tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+        assert Vocabulary(tokenizer).max_chars(10) is None

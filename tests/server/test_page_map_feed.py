@@ -99,6 +99,24 @@ def test_frames_show_a_request_come_and_go(backend: str) -> None:
     run(test)
 
 
+def test_one_who_does_not_read_keeps_nobody_from_the_end() -> None:
+    async def test() -> None:
+        async with running_engine() as engine:
+            feed = PageMapFeed(engine, "name")
+            before = asyncio.all_tasks()
+            async with feed.watch() as stuck, feed.watch() as other, feed.watch() as third:
+                assert isinstance(await anext(other), PageMapFrame)
+                await engine.close()
+                for frames in (other, third):
+                    last = [frame async for frame in frames][-1]
+                    assert isinstance(last, PageMapState)
+                    assert last.state == "stopped"
+                await until(lambda: not asyncio.all_tasks() - before)
+                assert [frame.state async for frame in stuck] == ["stopped"]
+
+    run(test)
+
+
 def test_watchers_share_one_computation_and_it_ends_with_the_last() -> None:
     async def test() -> None:
         async with running_engine() as engine:

@@ -122,6 +122,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_p": 1.1}, "min_p"),
     ({"typical_p": 0}, "typical_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    # The logits of seen tokens would not be finite any more.
+    ({"repetition_penalty": 1e-320}, "repetition_penalty"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"seed": 2**64}, "seed"),
