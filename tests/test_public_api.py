@@ -10,6 +10,7 @@ LIBRARY = [
     "ClosedError",
     "ConfigError",
     "DriverError",
+    "ElasticTensor",
     "InvariantError",
     "KVBackend",
     "KVBatchBuffers",
@@ -32,6 +33,7 @@ LIBRARY = [
     "VmallocError",
     "choose_backend",
     "create_kv_backend",
+    "elastic_tensor",
 ]
 
 BACKEND = [
@@ -87,7 +89,7 @@ def test_backend_protocol():
 
 
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
-    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of"}
+    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "try_assign"}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
 
 
