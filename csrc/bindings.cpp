@@ -7,12 +7,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings_attention.h"
 #include "cuda_driver.h"
 #include "dlpack.h"
 #include "driver.h"
+#include "elastic_memory.h"
 #include "error.h"
 #include "fault_driver.h"
 #include "kv_arena.h"
@@ -70,15 +72,18 @@ dlpack::DataType to_dlpack_type(const std::string& dtype) {
   if (dtype == "float32") return {dlpack::kTypeFloat, 32, 1};
   if (dtype == "float16") return {dlpack::kTypeFloat, 16, 1};
   if (dtype == "bfloat16") return {dlpack::kTypeBfloat, 16, 1};
-  throw ConfigError("dtype is '" + dtype + "'; supported: float32, float16, bfloat16");
+  if (dtype == "uint8") return {dlpack::kTypeUInt, 8, 1};
+  throw ConfigError("dtype is '" + dtype + "'; supported: float32, float16, bfloat16, uint8");
 }
 
-py::object make_tensor_capsule(const KVArena& arena, std::size_t region_idx,
+/// `Memory` has regions: a KVArena or an ElasticMemory.
+template <typename Memory>
+py::object make_tensor_capsule(const Memory& memory, std::size_t region_idx,
                                std::size_t byte_offset, const std::string& dtype,
                                std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
-  arena.check_open();
+  memory.check_open();
   auto context = std::make_unique<TensorContext>();
-  context->region = arena.region(region_idx);
+  context->region = memory.region(region_idx);
   context->shape = std::move(shape);
   context->strides = std::move(strides);
   dlpack::Tensor& tensor = context->managed.tensor;
@@ -497,8 +502,82 @@ void bind_arena(py::module_& m) {
           "region_slot_bytes",
           [](const KVArena& arena, std::size_t idx) { return arena.region(idx)->slot_bytes(); },
           py::arg("region"))
-      .def("tensor_capsule", &make_tensor_capsule, py::arg("region"), py::arg("byte_offset"),
-           py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+      .def("tensor_capsule", &make_tensor_capsule<KVArena>, py::arg("region"),
+           py::arg("byte_offset"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
+}
+
+using ByteRanges = std::vector<std::pair<std::size_t, std::size_t>>;
+
+std::vector<ByteSpan> to_spans(const ByteRanges& ranges) {
+  std::vector<ByteSpan> spans;
+  for (const auto& [first, end] : ranges) spans.push_back({first, end});
+  return spans;
+}
+
+py::dict elastic_stats(ElasticMemory& memory) {
+  ElasticStats stats;
+  {
+    const py::gil_scoped_release release;
+    stats = memory.stats();
+  }
+  py::dict result;
+  result["created_pages"] = stats.pool.num_created;
+  result["free_pages"] = stats.pool.num_free;
+  result["in_use_pages"] = stats.pool.num_in_use;
+  result["retired_pages"] = stats.pool.num_retired;
+  result["max_pages"] = stats.pool.max_pages;
+  result["shared_refs"] = stats.pool.num_extra;
+  result["aliased_pages"] = stats.aliased_pages;
+  result["page_bytes"] = stats.page_bytes;
+  result["reserved_bytes"] = stats.reserved_bytes;
+  result["map_calls"] = stats.driver.map_calls;
+  result["unmap_calls"] = stats.driver.unmap_calls;
+  result["create_calls"] = stats.driver.create_calls;
+  result["destroy_calls"] = stats.driver.destroy_calls;
+  result["wait_calls"] = stats.driver.wait_calls;
+  return result;
+}
+
+void bind_elastic_memory(py::module_& m) {
+  py::class_<ElasticMemory>(m, "ElasticMemory")
+      .def(py::init([](std::shared_ptr<Driver> driver, std::size_t num_regions,
+                       std::size_t region_bytes, std::size_t max_pages, std::size_t spare_pages,
+                       bool zero_on_reuse) {
+             return std::make_unique<ElasticMemory>(std::move(driver), num_regions, region_bytes,
+                                                    max_pages, spare_pages, zero_on_reuse);
+           }),
+           py::arg("driver").none(false), py::kw_only(), py::arg("num_regions"),
+           py::arg("region_bytes"), py::arg("max_pages"), py::arg("spare_pages") = 0,
+           py::arg("zero_on_reuse") = false)
+      .def(
+          "try_commit",
+          [](ElasticMemory& memory, const ByteRanges& spans, Stream stream) {
+            return memory.try_commit(to_spans(spans), stream);
+          },
+          py::arg("spans"), py::arg("stream") = 0, NoGil())
+      .def(
+          "decommit",
+          [](ElasticMemory& memory, const ByteRanges& spans, Stream stream) {
+            memory.decommit(to_spans(spans), stream);
+          },
+          py::arg("spans"), py::arg("stream") = 0, NoGil())
+      .def(
+          "try_alias",
+          [](ElasticMemory& memory, std::pair<std::size_t, std::size_t> source, std::size_t target,
+             Stream stream) {
+            return memory.try_alias({source.first, source.second}, target, stream);
+          },
+          py::arg("source"), py::arg("target"), py::arg("stream") = 0, NoGil())
+      .def("try_create_spare", &ElasticMemory::try_create_spare, py::arg("num_pages"), NoGil())
+      .def("trim", &ElasticMemory::trim, py::arg("keep_free"), NoGil())
+      .def("resize", &ElasticMemory::resize, py::arg("max_pages"), NoGil())
+      .def("check_invariants", &ElasticMemory::check_invariants, NoGil())
+      .def("check_open", &ElasticMemory::check_open, NoGil())
+      .def("close", &ElasticMemory::close, NoGil())
+      .def("stats", &elastic_stats)
+      .def_property_readonly("num_regions", &ElasticMemory::num_regions)
+      .def("tensor_capsule", &make_tensor_capsule<ElasticMemory>, py::arg("region"),
+           py::arg("byte_offset"), py::arg("dtype"), py::arg("shape"), py::arg("strides"));
 }
 
 }  // namespace
@@ -509,6 +588,7 @@ PYBIND11_MODULE(_core, m) {
   bind_drivers(m);
   bind_pool(m);
   bind_arena(m);
+  bind_elastic_memory(m);
   bind_attention(m);
 }
 

@@ -8,6 +8,7 @@ namespace vmalloc::dlpack {
 
 constexpr std::int32_t kDeviceCpu = 1;
 constexpr std::int32_t kDeviceCuda = 2;
+constexpr std::uint8_t kTypeUInt = 1;
 constexpr std::uint8_t kTypeFloat = 2;
 constexpr std::uint8_t kTypeBfloat = 4;
 

@@ -37,6 +37,7 @@ ROOMS = {
 }
 CORE_IMPORTERS = {
     "vmalloc/core_setup.py",
+    "vmalloc/elastic.py",
     "vmalloc/kv_cache.py",
     "vmalloc/scratch_slot.py",
     "vmalloc/slot_prefixes.py",

@@ -10,6 +10,7 @@ LIBRARY = [
     "ClosedError",
     "ConfigError",
     "DriverError",
+    "ElasticTensor",
     "InvariantError",
     "KVBackend",
     "KVBatchBuffers",
@@ -32,6 +33,7 @@ LIBRARY = [
     "VmallocError",
     "choose_backend",
     "create_kv_backend",
+    "elastic_tensor",
 ]
 
 BACKEND = [

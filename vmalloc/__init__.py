@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Step,
     )
     from .config import KVCacheConfig, LayerKVSpec
+    from .elastic import ElasticTensor, elastic_tensor
     from .errors import ClosedError, ConfigError, DriverError, InvariantError, VmallocError
     from .factory import BackendChoice, choose_backend, create_kv_backend
     from .kv_cache import VirtualKVCache
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "ClosedError": "errors",
     "ConfigError": "errors",
     "DriverError": "errors",
+    "ElasticTensor": "elastic",
     "InvariantError": "errors",
     "KVBackend": "backend",
     "KVBatchBuffers": "backend",
@@ -65,6 +67,7 @@ _MODULE_OF = {
     "VmallocError": "errors",
     "choose_backend": "factory",
     "create_kv_backend": "factory",
+    "elastic_tensor": "elastic",
 }
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "DriverError",
+    "ElasticTensor",
     "InvariantError",
     "KVBackend",
     "KVBatchBuffers",
@@ -94,6 +98,7 @@ __all__ = [
     "VmallocError",
     "choose_backend",
     "create_kv_backend",
+    "elastic_tensor",
 ]
 
 

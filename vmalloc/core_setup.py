@@ -30,16 +30,21 @@ def make_driver(config: KVCacheConfig) -> _core.Driver:
     Raises:
         ConfigError: the page size does not suit it, or there is no such device here.
     """
-    if config.driver_name == "cuda":
+    return open_driver(config.driver_name, config.device, config.page_bytes)
+
+
+def open_driver(name: str, device: str, page_bytes: int | None) -> _core.Driver:
+    """The driver ``name`` (``"host"``, ``"cuda"`` or ``"null"``) for tensors on ``device``.
+
+    Raises:
+        ConfigError: the page size does not suit it, or there is no such device here.
+    """
+    if name == "cuda":
         return _core.make_cuda_driver(
-            config.page_bytes or 0,
-            config.device_idx,
-            cpu_tensors=config.device == "cpu",
+            page_bytes or 0, device_index(device), cpu_tensors=device == "cpu"
         )
-    page_bytes = config.page_bytes or DEFAULT_PAGE_BYTES
-    if config.driver_name == "null":
-        return _core.make_null_driver(page_bytes)
-    return _core.make_host_driver(page_bytes)
+    make = _core.make_null_driver if name == "null" else _core.make_host_driver
+    return make(page_bytes or DEFAULT_PAGE_BYTES)
 
 
 def make_arena(config: KVCacheConfig, driver: _core.Driver, layout: KVLayout) -> _core.KVArena:
