@@ -36,8 +36,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     def get_usage(self) -> float:
         """Share of the pool in use, whatever the limit."""
-        queue = self.free_block_queue
-        return (queue.num_used_blocks - 1) / max(self.num_gpu_blocks - 1, 1)
+        num_blocks: int = self.num_gpu_blocks
+        return (self.free_block_queue.num_used_blocks - 1) / max(num_blocks - 1, 1)
 
     def reset_prefix_cache(self) -> bool:
         queue, limit = self.free_block_queue, self.free_block_queue.limit
@@ -47,9 +47,3 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         finally:
             queue.limit = limit
         return done
-
-    def drop_cached(self) -> None:
-        """Forget every prefix that no request uses, and give up all idle extents."""
-        for block in self.free_block_queue.get_all_free_blocks():
-            self._maybe_evict_cached_block(block)
-        self.free_block_queue.trim(max_idle=0)

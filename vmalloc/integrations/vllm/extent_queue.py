@@ -144,6 +144,15 @@ class ExtentQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         while self.num_idle > max_idle:
             self._give_up(next(iter(self._idle_blank or self._idle_cached)))
 
+    def drop_cached(self) -> None:
+        """Forget every prefix that no request uses, and give up all idle extents."""
+        while self._cached:
+            _, block = self._cached.popitem()
+            self._evict(block)
+            self._add_blank(self._extents.extent_of(block.block_id), block)
+        self._num_cached = [0] * self._extents.num_extents
+        self.trim(max_idle=0)
+
     def take_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Extents that got memory and extents that lost it since the worker was told last."""
         changed = sorted(self._changed)

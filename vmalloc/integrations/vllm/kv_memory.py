@@ -135,6 +135,7 @@ class KVMemory:
         """Give everything back but the null block's extent. Requires: no step needs it."""
         with self._lock:
             self._stop_timer()
+            self._was_idle = True
             self._drop()
 
     def resize(self, capacity_bytes: int) -> None:

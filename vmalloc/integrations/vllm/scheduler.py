@@ -49,7 +49,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         self._max_extents = _max_extents(self._extents, self._options, vllm_config, kv_cache_config)
         super().__init__(vllm_config, kv_cache_config, *args, **keywords)
         pool = ElasticBlockPool.take_over(self.kv_cache_manager.block_pool, self._extents)
-        self._pool, self._queue = pool, pool.free_block_queue
+        self._queue = pool.free_block_queue
         self._queue.limit = self._max_extents
         self._max_idle = int(self._options.cached_fraction * self._extents.num_extents)
         self._is_told_nothing = True  # the next plan is a complete one
@@ -99,7 +99,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
 
     def _start_over(self) -> None:
         """Forget all that is merely cached, and tell the workers everything anew."""
-        self._pool.drop_cached()
+        self._queue.drop_cached()
         self._is_told_nothing = True
 
     def _accept_refusal(self, refusal: RefusedOutput) -> None:
