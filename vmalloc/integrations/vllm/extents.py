@@ -121,7 +121,7 @@ def _pieces(tensor: Any, num_blocks: int) -> Iterator[tuple[int, int]]:
             f"a KV cache tensor has a block stride of {stride} bytes for {num_blocks} blocks in "
             f"{tensor.size} bytes; such a layout is not supported"
         )
-    if layer_bytes < stride:  # block-outer: the layers lie within the block
+    if len(tensor.layers) * layer_bytes <= stride:  # block-outer: the layers lie within the block
         yield 0, stride
         return
     if layer_bytes != stride * num_blocks:
