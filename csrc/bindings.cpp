@@ -461,6 +461,8 @@ void bind_arena(py::module_& m) {
       .def("can_admit", &KVArena::can_admit, py::arg("num_slots"), py::arg("num_rows"), NoGil())
       .def("try_fork", &KVArena::try_fork, py::arg("parent"), py::arg("num_children"),
            py::arg("num_rows"), NoGil())
+      .def("try_assign", &KVArena::try_assign, py::arg("slots"), py::arg("sources"),
+           py::arg("num_rows"), NoGil())
       .def("prepare_write", &KVArena::prepare_write, py::arg("slot"), NoGil())
       .def("page_ids", &KVArena::page_ids, py::arg("slot"), py::arg("regions"),
            py::arg("page_idxs"), NoGil())

@@ -95,11 +95,13 @@ class ElasticMemory {
   struct Plan {
     std::vector<std::size_t> missing;  ///< places where nothing is mapped, in order
     std::vector<std::size_t> retired;  ///< places that only need be taken back
-    bool is_blocked = false;           ///< a place is wanted that has yet to be unmapped
+    bool is_blocked = false;           ///< a place is wanted that must be unmapped first
   };
 
   [[nodiscard]] Lock enter() const;
   void check_span(ByteSpan span) const;
+  [[nodiscard]] bool try_spans(const std::vector<ByteSpan>& spans);
+  [[nodiscard]] bool wait_retired_for(const std::vector<ByteSpan>& spans);
   [[nodiscard]] Plan plan(const std::vector<ByteSpan>& spans) const;
   [[nodiscard]] bool try_back(const Plan& plan, const std::vector<ByteSpan>& spans);
   [[nodiscard]] std::vector<Run> cut_runs(const std::vector<std::size_t>& places) const;

@@ -104,6 +104,14 @@ class KVArena {
   [[nodiscard]] std::optional<Slots> try_fork(std::uint32_t parent, std::size_t num_children,
                                               std::size_t num_rows);
 
+  /// Let slots[i] hold the first `num_rows` rows of what sources[i] holds now, for all i or none.
+  /// Every slot stays where it is: other pages are mapped at its addresses, as far as they differ,
+  /// once no kernel can read them any more. Afterwards all of them may be written from their ends
+  /// on. False if pages are short, or the device does not say that it is done.
+  /// Throws ConfigError if a step is open, a slot is not live or named twice among `slots`, or a
+  /// source has fewer rows; InvariantError if the driver failed twice over and rows are lost.
+  [[nodiscard]] bool try_assign(const Slots& slots, const Slots& sources, std::size_t num_rows);
+
   /// Make rows from the slot's end on writable. A page that is shared is not replaced under a
   /// kernel that may run: the sequence moves to another slot, which is returned.
   [[nodiscard]] std::optional<std::uint32_t> prepare_write(std::uint32_t slot);
@@ -206,6 +214,21 @@ class KVArena {
     bool is_mapped = false;
     bool is_enqueued = false;  ///< the driver may still be clearing or filling the pages
   };
+  /// Pages of one slot in one region that are replaced in place.
+  struct Exchange {
+    std::uint32_t slot;
+    std::uint32_t source;
+    std::size_t region;
+    std::size_t first;           ///< index of the first page that differs
+    std::vector<PageId> shared;  ///< the source's full pages from there on
+    std::size_t num_own = 0;     ///< new pages behind them
+    PageId tail = kNoPage;       ///< fill the start of the first new page from this
+    std::size_t tail_bytes = 0;
+    std::vector<PageId> pages;  ///< both, with a live reference each
+    std::size_t num_mapped = 0;
+    bool is_zeroed = false;
+    bool is_unmapped = false;  ///< the slot's old pages from `first` on are
+  };
   using Lock = std::unique_lock<std::mutex>;
   static constexpr std::uint32_t kNoSlot = UINT32_MAX;
   static constexpr std::uint32_t kSparePages = UINT32_MAX;  // the worker's job that is no slot
@@ -236,6 +259,7 @@ class KVArena {
   void restore_retired(std::uint32_t slot, std::size_t num_rows);
 
   // Shrinking.
+  void drop_surplus(std::uint32_t slot);
   std::size_t drop_tail(std::uint32_t slot, std::size_t keep_rows, std::size_t max_pages);
   void settle();
   bool settle_region(std::uint32_t slot, std::size_t region);
@@ -271,6 +295,21 @@ class KVArena {
   [[nodiscard]] bool acquire_group(Lock& lock, const SwappedGroup& group,
                                    std::vector<PageId>* pages);
   [[nodiscard]] std::map<std::uint64_t, SwappedGroup>::iterator find_group(std::uint64_t id);
+
+  // Assigning in place.
+  void check_assign(const Slots& slots, const Slots& sources, std::size_t num_rows);
+  [[nodiscard]] bool try_finish_kernels();
+  [[nodiscard]] std::vector<Exchange> plan_assign(const Slots& slots, const Slots& sources,
+                                                  std::size_t num_rows) const;
+  [[nodiscard]] bool try_exchange(std::vector<Exchange>& plan, std::size_t num_pages);
+  [[nodiscard]] bool try_acquire(Exchange& exchange);
+  [[nodiscard]] bool try_remap(Exchange& exchange);
+  [[nodiscard]] bool try_map(const Exchange& exchange, std::size_t begin, std::size_t num_pages,
+                             bool is_protected);
+  [[nodiscard]] bool undo(const std::vector<Exchange>& plan);
+  [[nodiscard]] bool try_put_back(const Exchange& exchange);
+  void forget_tail(const Exchange& exchange);
+  void publish(const Exchange& exchange);
 
   // Slots.
   [[nodiscard]] std::optional<Slots> admit(Lock& lock, const std::vector<const Prefix*>& prefixes,

@@ -17,12 +17,17 @@ void KVArena::truncate(std::uint32_t slot, std::size_t num_rows) {
   }
   wait(lock, [&entry] { return !entry.in_flight; });
   set_rows(entry, num_rows);
+  drop_surplus(slot);
+}
+
+/// Retire what the slot's rows, and those that come soon, do not need.
+void KVArena::drop_surplus(std::uint32_t slot) {
+  const Slot& entry = slots_[slot];
   // Shared pages are no use as pages ahead: they cannot be written.
-  const bool is_shared = num_rows < entry.shared_rows;
-  const std::size_t ahead = is_shared ? 0 : config_.ahead_rows;
+  const std::size_t ahead = entry.num_rows < entry.shared_rows ? 0 : config_.ahead_rows;
+  const std::size_t num_rows = std::max(entry.num_rows + ahead, entry.committed_rows());
   try {
-    drop_tail(slot, std::min(std::max(num_rows + ahead, entry.committed_rows()), config_.max_rows),
-              SIZE_MAX);
+    drop_tail(slot, std::min(num_rows, config_.max_rows), SIZE_MAX);
   } catch (const DriverError&) {
     // The rows are gone all the same: what could not be unmapped is retired, and settling tries
     // again.

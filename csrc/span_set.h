@@ -80,4 +80,15 @@ class SpanSet {
   std::map<std::size_t, std::size_t> spans_;  // first -> end
 };
 
+/// Call `visit(first, count)` for each run of consecutive numbers.
+template <typename Visit>
+void for_each_run(const std::vector<std::size_t>& numbers, Visit visit) {
+  for (std::size_t i = 0; i < numbers.size();) {
+    std::size_t count = 1;
+    while (i + count < numbers.size() && numbers[i + count] == numbers[i] + count) ++count;
+    visit(numbers[i], count);
+    i += count;
+  }
+}
+
 }  // namespace vmalloc

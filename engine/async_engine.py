@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VmallocError
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot, EngineThread, Report
 from .errors import EngineUnavailableError, QueueFullError, RequestAbortedError
@@ -31,7 +31,7 @@ EngineState = Literal["starting", "running", "draining", "stopped", "dead"]
 
 DRAIN_POLL_SECONDS = 0.05
 
-LOAD_END_SECONDS = 5.0
+LOAD_END_SECONDS = 1.0
 """Longest wait for the end of a load that nobody wants any more; it cannot be interrupted."""
 
 RETRY_SECONDS = 1.0
@@ -226,13 +226,19 @@ class AsyncLLMEngine:
         return await future
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Take no more requests and wait for those that there are; whether all ended in time."""
+        """Take no more requests and wait for those that there are; whether all ended in time.
+
+        An engine that sleeps is woken for them, as soon as there is memory.
+        """
         if self._state in ("starting", "running"):
             self._state = "draining"
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._prompts and self._state == "draining":
             if deadline is not None and time.monotonic() >= deadline:
                 return False
+            if self.snapshot is not None and self.snapshot.is_asleep:
+                with contextlib.suppress(EngineUnavailableError):  # it ended meanwhile
+                    await self.call(LLMEngine.wake)
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         return not self._prompts
 
@@ -340,7 +346,10 @@ class AsyncLLMEngine:
         else:
             self._state = "dead"
             self._failure = f"{type(error).__name__}: {error}"
-            logger.critical("the engine is dead: %s", self._failure, exc_info=error)
+            # What a load refuses is told by whoever started it.
+            is_refused = self._config is None and isinstance(error, VmallocError)
+            level = logging.DEBUG if is_refused else logging.CRITICAL
+            logger.log(level, "the engine is dead: %s", self._failure, exc_info=error)
             reason = EngineUnavailableError("dead", f"the engine is dead: {self._failure}")
         assert self._started is not None
         if not self._started.done():

@@ -242,4 +242,4 @@ def _prompt_scores(group: SequenceGroup, seq: Sequence, logits: Tensor) -> list[
 def _fail(group: SequenceGroup, error: str) -> None:
     for seq in group.active:
         complete_text(seq)
-    group.finish("error", f"request {group.request_id}: {error}")
+    group.finish("error", f"request {group.request_id}: {error}", "request")

@@ -1,7 +1,7 @@
 """The attention function that transformers calls for us: KV rows in, attended rows out.
 
-Owns: the name ``"vmalloc"`` in transformers' attention registry, one for the process, and the batch
-that the current forward pass works on.
+Owns: the name ``"vmalloc_engine"`` in transformers' attention registry, one for the process, and
+the batch that the current forward pass works on.
 Thread-safety: the current batch is a context variable, so threads do not see each other's.
 """
 
@@ -21,8 +21,9 @@ from ..backend import KVBatchView
 from ..errors import VmallocError
 from ..kernels.select import AttentionKernels
 
-ATTENTION_NAME = "vmalloc"
-"""Under this name models find us. It has no entry in the mask registry, so no mask is built."""
+ATTENTION_NAME = "vmalloc_engine"
+"""Under this name models find us. It has no entry in the mask registry, so no mask is built; the
+name ``"vmalloc"``, which has one, belongs to ``vmalloc.integrations.transformers``."""
 
 _HARMLESS_KWARGS = frozenset(
     {
@@ -178,7 +179,7 @@ _registered: Callable[..., Any] = vmalloc_attention
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="vmalloc"`` known to transformers. Idempotent."""
+    """Make ``attn_implementation="vmalloc_engine"`` known to transformers. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, _registered)
 
 

@@ -26,6 +26,7 @@ from .model_loader import end_token_ids, vocab_size
 from .outputs import RequestOutput
 from .reporting import report
 from .request_reader import Prompt, RequestReader
+from .sampling_checks import check_salt
 from .sampling_params import SamplingParams
 from .schedule import ScheduledBatch, SchedulerStats
 from .scheduler import Scheduler
@@ -177,6 +178,10 @@ class LLMEngine:
         """Whether ``step`` has work."""
         return self._scheduler.has_unfinished or bool(self._ended)
 
+    def prepare_structured_outputs(self) -> None:
+        """Do now what the first structured output would wait for, if there can be any."""
+        self._reader.prepare_structured_outputs()
+
     def check_request(self, prompt: Prompt, params: SamplingParams | None = None) -> dict[str, Any]:
         """Raise ``ConfigError`` where ``add_request`` would for these; takes nothing.
 
@@ -314,12 +319,14 @@ class LLMEngine:
         Only what was computed before can be pinned: run the prompt once.
         """
         self._check_awake()
+        check_salt(cache_salt)
         return self._backend.pin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
 
     @_on_stream
     def unpin_prefix(self, prompt: Prompt, cache_salt: str = "") -> int:
         """Undo one ``pin_prefix`` of the same prompt; the tokens unpinned."""
         self._check_awake()
+        check_salt(cache_salt)
         return self._backend.unpin_prefix(self._reader.read_prompt(prompt)[1], cache_salt)
 
     @_on_stream

@@ -6,6 +6,9 @@ Owns: nothing.  Thread-safety: plain values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+ErrorKind = Literal["memory", "request"]
 
 
 @dataclass(slots=True)
@@ -84,6 +87,8 @@ class RequestOutput:
             Under ``RequestOutputKind.DELTA`` only those that have something new.
         is_finished: whether nothing more will come.
         error: what went wrong, when ``finish_reason`` is ``"error"``.
+        error_kind: ``"memory"`` if the KV cache cannot hold it, ``"request"`` if what it asks for
+            leaves no token to choose.
         metrics: its timestamps.
         num_cached_tokens: prompt tokens that were not computed, as their KV was cached; None
             before it started.
@@ -97,6 +102,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     is_finished: bool
     error: str | None = None
+    error_kind: ErrorKind | None = None
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
     num_cached_tokens: int | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None

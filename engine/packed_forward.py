@@ -27,7 +27,7 @@ class PackedForward:
     """A decoder over packed rows: token ids in, logits out, K and V written to the cache.
 
     Args:
-        model: a transformers decoder whose attention is ``"vmalloc"``, in eval mode.
+        model: a transformers decoder whose attention is ``"vmalloc_engine"``, in eval mode.
         backend: where K and V live.
         kernels: what writes and reads them.
         wrap: makes what is called in the model's place, e.g. a compiled model.

@@ -49,6 +49,7 @@ def report(group: SequenceGroup) -> RequestOutput | None:
         outputs=completions,
         is_finished=is_finished,
         error=group.error,
+        error_kind=group.error_kind,
         metrics=_copy_metrics(group.metrics),
         num_cached_tokens=group.num_cached_tokens,
         prompt_logprobs=group.prompt_logprobs,

@@ -72,6 +72,10 @@ class RequestReader:
         self._num_seqs = 0
         self._num_requests = 0
 
+    def prepare_structured_outputs(self) -> None:
+        """Do now what the first structured output would wait for."""
+        self._grammars.prepare()
+
     def read(self, prompt: Prompt, params: SamplingParams | None) -> CheckedRequest:
         """A request as it would run. Raises ``ConfigError`` for what cannot be honoured."""
         params = SamplingParams() if params is None else params

@@ -61,10 +61,7 @@ class RequestStream:
         Empty after ``timeout_s`` without any, and once everything was read.
         """
         if not self._unread and not self.is_ended:
-            try:
-                await asyncio.wait_for(self._news.wait(), timeout_s)
-            except asyncio.TimeoutError:
-                return ()
+            await self._wait_for_news(timeout_s)
         self._news.clear()
         if self._unread:
             outputs, self._unread = self._unread, []
@@ -72,6 +69,18 @@ class RequestStream:
         if self._error is not None:
             raise self._error
         return ()
+
+    async def _wait_for_news(self, timeout_s: float | None) -> None:
+        # Once per token. ``asyncio.wait_for`` makes a task each time, and before Python 3.12 it
+        # loses a cancellation that comes together with the news: a client that leaves.
+        timer: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         while not self.is_read:

@@ -21,6 +21,8 @@ MAX_PENALTY = 2.0
 """Largest presence and frequency penalty, either way; OpenAI's limit."""
 MAX_LENGTH_PENALTY = 10.0
 """Largest either way: lengths to a larger power leave the range of floats."""
+MAX_SALT_CHARS = 1024
+"""Longest salt: up to 65,536 of them are kept with the prefixes that were evicted."""
 
 _BOOLS = (
     "use_beam_search",
@@ -79,6 +81,7 @@ def check_settings(params: SamplingParams) -> None:
     _check_types(params)
     _check_counts(params)
     _check_ranges(params)
+    check_salt(params.cache_salt)
     _check_stops(params)
     _check_lists(params)
     if params.use_beam_search:
@@ -87,6 +90,14 @@ def check_settings(params: SamplingParams) -> None:
         raise ConfigError(
             f"best_of is {params.best_of} with temperature 0; greedy candidates are all equal, "
             f"so it must be n, {params.n}"
+        )
+
+
+def check_salt(salt: str | None) -> None:
+    """Raise ``ConfigError`` for a ``cache_salt`` that is too long to be kept."""
+    if salt is not None and len(salt) > MAX_SALT_CHARS:
+        raise ConfigError(
+            f"cache_salt has {len(salt)} characters; it must have at most {MAX_SALT_CHARS}"
         )
 
 

@@ -356,7 +356,7 @@ class Scheduler:
             f"{self._backend.stats().capacity_bytes} bytes holds {self._backend.max_seq_tokens()} "
             "of one sequence"
         )
-        group.finish("error", error)
+        group.finish("error", error, "memory")
         self._failed.append(group)
         self._memory.free(group)
         group.status = GroupStatus.FINISHED

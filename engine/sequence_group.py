@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .outputs import Logprob, RequestMetrics
+from .outputs import ErrorKind, Logprob, RequestMetrics
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class SequenceGroup:
         is_shielded: whether it was preempted and made no new token since.
         beams: the beam search, if it is one.
         prompt_logprobs: for the prompt's tokens so far, None for the first; None if not asked for.
-        error: what went wrong, if it ended with an error.
+        error, error_kind: what went wrong, if it ended with an error.
     """
 
     __slots__ = (
@@ -58,6 +58,7 @@ class SequenceGroup:
         "arrival_idx",
         "beams",
         "error",
+        "error_kind",
         "is_expanded",
         "is_shielded",
         "make_detokenizer",
@@ -109,6 +110,7 @@ class SequenceGroup:
         self.beams: BeamSearch | None = None
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.error: str | None = None
+        self.error_kind: ErrorKind | None = None
         self.metrics = RequestMetrics(arrival_time)
         self.make_detokenizer = make_detokenizer
 
@@ -171,12 +173,14 @@ class SequenceGroup:
         self.active = list(self.seqs)
         self.is_expanded = True
 
-    def finish(self, reason: str, error: str | None = None) -> None:
+    def finish(
+        self, reason: str, error: str | None = None, error_kind: ErrorKind | None = None
+    ) -> None:
         """End every sequence that did not end yet."""
         for seq in self.active:
             seq.finish(reason)
         self.active = []
-        self.error = error
+        self.error, self.error_kind = error, error_kind
 
     def drop_finished(self) -> None:
         """Take ended sequences off ``active``."""

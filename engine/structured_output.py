@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ MAX_JSON_SPACE = 64
 """Characters of white space in a row; small models would go on with it for ever."""
 
 _MAX_REASON_CHARS = 400
+
+_LEXER_FUEL = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 40_000}
+"""A fifth of llguidance's own limits on the work that it does ahead. With its own a hostile regular
+expression such as ``(a{1000}){1000}`` holds every sequence up for a second, with these for 0.15."""
 
 
 class GrammarMatcher:
@@ -113,6 +118,14 @@ class StructuredOutputCompiler:
         self._executor: Any = None
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Read the vocabulary now: the first form then need not wait for it, nor hold others up.
+
+        Does nothing where forms cannot be used.
+        """
+        with suppress(ConfigError):
+            self._tokens()
+
     def matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
         """The start of a form's grammar.
 
@@ -165,7 +178,7 @@ class StructuredOutputCompiler:
             )
             reason = messages[0] if is_error else ""
             if not reason:
-                limits = llguidance.LLParserLimits(verbose_errors=False)
+                limits = llguidance.LLParserLimits(verbose_errors=False, **_LEXER_FUEL)
                 compiled = llguidance.LLMatcher(ll_tokenizer, grammar, log_level=0, limits=limits)
                 reason = compiled.get_error()
         except (ValueError, TypeError, UnicodeError) as error:

@@ -13,6 +13,9 @@ CONFORMANCE = "tests/kv/test_conformance.py"
 ARENA = "tests/core/test_kv_arena.py"
 SHARING = "tests/core/test_kv_arena_sharing.py"
 
+ELASTIC_TESTS = "tests/kv/test_elastic_tensor.py"
+VATTENTION_TESTS = "tests/integrations/test_vattention.py"
+
 PARALLEL = f"{AGREE}::TestMethods::test_one_method[n=4-5x3x40-0]"
 BEAMS = f"{AGREE}::TestMethods::test_one_method[beam-5x3x40-0]"
 CUDA = "tests/core/test_cuda_driver.py"
@@ -357,4 +360,80 @@ DECODING = [
     ),
 ]
 
-MUTATIONS = [*COPY_ON_WRITE, *FENCE, *PENDING, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING]
+ELASTIC = [
+    _mutation(
+        "elastic: a page goes though another row needs it",
+        f"{ELASTIC_TESTS}::TestDecommit::test_a_page_stays_while_a_neighbour_needs_it[host]",
+        "csrc/elastic_memory_shrink.cpp",
+        "if (it->second.retired_in != 0 || committed_.meets(bytes_of(it->first))) continue;",
+        "if (it->second.retired_in != 0) continue;",
+    ),
+    _mutation(
+        "elastic: a page is unmapped under the kernel that reads it",
+        f"{ELASTIC_TESTS}::TestDevice::test_a_launch_that_reads_decommitted_rows_is_safe",
+        "csrc/elastic_memory_shrink.cpp",
+        "if (places_.at(idx).retired_in <= completed_) due.push_back(idx);",
+        "due.push_back(idx);",
+    ),
+    _mutation(
+        "elastic: work on another stream is not waited for",
+        f"{ELASTIC_TESTS}::TestDevice::test_work_on_another_stream_is_waited_for_there",
+        "csrc/elastic_memory_shrink.cpp",
+        "  driver_->use_stream(stream);\n"
+        "  for (const ByteSpan span : spans) committed_.erase(span);",
+        "  static_cast<void>(stream);\n"
+        "  driver_->use_stream(0);\n"
+        "  for (const ByteSpan span : spans) committed_.erase(span);",
+    ),
+    _mutation(
+        "elastic: an alias that was given up is taken back",
+        f"{ELASTIC_TESTS}::TestAlias::test_an_alias_that_was_given_up_is_not_taken_back[host]",
+        "csrc/elastic_memory_grow.cpp",
+        "return page == kNoPage || pool_.is_shared(page, true);",
+        "return page == kNoPage;",
+    ),
+    _mutation(
+        "elastic: what is left in a page that stayed is not cleared",
+        f"{ELASTIC_TESTS}::TestDecommit::test_what_rows_find_when_they_come_back[host-True]",
+        "csrc/elastic_memory_grow.cpp",
+        "if (!try_clear_old(gap)) return false;",
+        "static_cast<void>(gap);",
+    ),
+    _mutation(
+        "elastic: a commit that failed keeps what it mapped",
+        f"{ELASTIC_TESTS}::TestFaults::"
+        "test_a_call_that_takes_something_fails[host-Fault.OUT_OF_MEMORY]",
+        "csrc/elastic_memory_grow.cpp",
+        "  if (!is_done) {\n    undo(runs);\n    return false;\n  }\n  publish(runs, plan);",
+        "  if (!is_done) return false;\n  publish(runs, plan);",
+    ),
+    _mutation(
+        "vattention: slots start where the one before ends, on a page or not",
+        f"{VATTENTION_TESTS}::TestDefects::"
+        "test_5_any_length_puts_each_slot_on_pages_of_its_own[host]",
+        "vmalloc/integrations/vattention_layout.py",
+        "return self.round_up(self.max_rows)",
+        "return self.max_rows",
+    ),
+    _mutation(
+        "vattention: pages of active slots may be reclaimed",
+        f"{VATTENTION_TESTS}::TestSemantics::"
+        "test_freed_slots_keep_their_pages_until_a_step_is_short[host]",
+        "vmalloc/integrations/vattention_cache.py",
+        "own = self._layout.rows_for(self._lens[slot])",
+        "own = 0",
+    ),
+    _mutation(
+        "vattention: a call does not wait for the thread",
+        f"{VATTENTION_TESTS}::TestDefects::"
+        "test_1_no_call_overtakes_the_thread_of_the_step_before[host]",
+        "vmalloc/integrations/vattention_cache.py",
+        "self._ahead.result()",
+        "pass",
+    ),
+]
+
+MUTATIONS = [
+    *(*COPY_ON_WRITE, *FENCE, *PENDING, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING),
+    *ELASTIC,
+]

@@ -27,10 +27,12 @@ from . import (
     tokenization_routes,
 )
 from .access import AccessMiddleware
+from .api_description import DescribedApp
 from .auth import AuthMiddleware
 from .body import BodyMiddleware
 from .errors import FailureMiddleware, install_error_handlers
 from .request_id import HEADER, RequestIdMiddleware
+from .root_path import RootPathMiddleware
 from .state import ServerState
 from .stats_log import StatsLog
 
@@ -59,13 +61,12 @@ def create_app(
                 task.cancel()
             await state.close()
 
-    app = FastAPI(
+    app = DescribedApp(
         title="vmalloc",
         version=__version__,
         description="An OpenAI-compatible endpoint whose KV cache is virtual memory.",
         lifespan=lifespan,
         redoc_url=None,
-        root_path=state.config.root_path,
         # A path with a slash too many is unknown, not moved.
         redirect_slashes=False,
     )
@@ -99,6 +100,7 @@ def create_app(
         )
     app.add_middleware(AccessMiddleware, state=state)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RootPathMiddleware, root_path=state.config.root_path)
     return app
 
 

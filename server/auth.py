@@ -26,7 +26,7 @@ def is_open(path: str) -> bool:
 
 def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
     """Whether ``key`` is among ``keys``; takes the same time whichever it is."""
-    candidate = key.encode("utf-8", "surrogateescape")
+    candidate = key.encode("latin-1")  # as starlette decoded it
     matches = [hmac.compare_digest(candidate, one.encode()) for one in keys]
     return any(matches)
 

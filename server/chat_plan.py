@@ -17,7 +17,7 @@ from .logprobs import LogprobFormat
 from .protocol.messages import ChatMessage
 from .protocol.sampling import SamplingFields
 from .protocol.tools import FunctionDefinition, NamedTool
-from .sampling import check_room, sampling_params, value
+from .sampling import check_room, form_names, sampling_params, value
 from .state import ServerState
 from .tools import ToolPlan, plan_tools
 
@@ -31,13 +31,14 @@ class ChatTask:
         messages: the chat.
         places: what each message is called in the request.
         field: what the request calls all messages.
-        functions, tool_choice, has_parallel_calls: tools; see ``plan_tools``.
+        functions, tool_choice, has_parallel_calls, function_place: tools; see ``plan_tools``.
         max_tokens: most tokens to generate; None: as many as the context holds.
         max_tokens_name: the field that it came from.
         num_logprobs: likeliest tokens to report at each place; None: no log-probabilities.
         num_logprobs_name: the field that it came from.
         add_generation_prompt, continue_final_message, template_kwargs: see ``render_chat``.
         reasoning_effort: a variable of some templates.
+        reasoning_effort_name: the field that it came from.
         form_name: the field that ``fields.response_format`` came from.
     """
 
@@ -48,6 +49,7 @@ class ChatTask:
     functions: Sequence[FunctionDefinition] | None = None
     tool_choice: NamedTool | str | None = None
     has_parallel_calls: bool = True
+    function_place: str = "function."
     max_tokens: int | None = None
     max_tokens_name: str = "max_tokens"
     num_logprobs: int | None = None
@@ -56,6 +58,7 @@ class ChatTask:
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
+    reasoning_effort_name: str = "reasoning_effort"
     form_name: str = "response_format"
 
 
@@ -114,6 +117,7 @@ async def render_task(state: ServerState, task: ChatTask) -> tuple[RenderedPromp
         task.tool_choice,
         template,
         has_parallel_calls=task.has_parallel_calls,
+        function_place=task.function_place,
     )
     prompt = await render_chat(
         state,
@@ -176,10 +180,11 @@ def _variables(task: ChatTask, known: frozenset[str]) -> dict[str, Any]:
     if effort is not None and "reasoning_effort" in known:
         variables.setdefault("reasoning_effort", effort)
     elif effort not in (None, "none"):
+        name = task.reasoning_effort_name
         raise ApiError(
             400,
-            f"reasoning_effort is {effort!r}; the model's chat template knows none",
-            param="reasoning_effort",
+            f"{name} is {effort!r}; the model's chat template knows none",
+            param=name,
             code="unsupported_parameter",
         )
     return variables
@@ -204,6 +209,5 @@ def _field_names(task: ChatTask, tools: ToolPlan | None) -> dict[str, str]:
     elif fields.response_format is not None:
         names["json"] = task.form_name
     else:
-        given = ("json", "regex", "choice", "grammar")
-        names |= {kind: f"guided_{kind}" for kind in given if getattr(fields, f"guided_{kind}")}
+        names |= form_names(fields)
     return names

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from .control_tokens import TextMarks, control_tokens, encode_pieces
-from .errors import ApiError
+from .errors import ApiError, invalid_field
 from .state import ServerState
 from .template_source import (
     PLAIN_TEMPLATE,
@@ -85,11 +85,9 @@ async def render_chat(
     Raises ``ApiError`` 400 with the template's words where it refuses or fails.
     """
     if add_generation_prompt and continue_final_message:
-        raise ApiError(
-            400,
-            "add_generation_prompt and continue_final_message are both true; a message is either "
-            "begun or gone on with",
-            param="continue_final_message",
+        raise invalid_field(
+            "continue_final_message",
+            "is true, and so is add_generation_prompt; a message is either begun or gone on with",
         )
     template = template or template_of(state, with_tools=bool(tools))
     variables = dict(template_kwargs or {})
@@ -133,7 +131,7 @@ def _apply(tokenizer: Any, field: str, messages: list[dict[str, Any]], **kwargs:
 def _encode(tokenizer: Any, field: str, pieces: list[str], tokens: tuple[str, ...]) -> list[int]:
     try:
         return encode_pieces(tokenizer, pieces, tokens, field)
-    except (TypeError, UnicodeError) as error:  # half a surrogate pair is no character
+    except (TypeError, UnicodeError) as error:  # a template cut a character in two
         raise ApiError(400, f"{field} cannot be encoded: {line_of(error)}", param=field) from error
 
 

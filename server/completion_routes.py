@@ -23,7 +23,7 @@ from .logprobs import LogprobFormat
 from .model_routes import check_model
 from .protocol.completions import CompletionRequest, CompletionResponse
 from .responses import GENERATION_ERRORS
-from .sampling import check_room, sampling_params, value
+from .sampling import check_room, form_names, sampling_params, value
 from .state import ServerState
 from .vocabulary import Vocabulary
 
@@ -44,10 +44,10 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     requests = [
         EngineRequest(prompt.for_engine(), params, value(body, "priority")) for prompt in prompts
     ]
-    request_id = plan.head["id"]
+    request_id, names = plan.head["id"], form_names(body)
     if body.stream:
-        return EventStream(request, request_id, requests, CompletionEncoder(plan))
-    answer = whole_answer(plan, await generate(request, request_id, requests))
+        return EventStream(request, request_id, requests, CompletionEncoder(plan), names)
+    answer = whole_answer(plan, await generate(request, request_id, requests, names))
     return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
 

@@ -59,7 +59,9 @@ class TextMarks:
         self._start, self._end = free[:2]
         # A template may have written its input as JSON in ASCII.
         start, end = (rf"(?:{char}|\\u{ord(char):04x})" for char in (self._start, self._end))
-        self._marked = re.compile(f"{start}({self._tokens.pattern}){end}|{start}|{end}")
+        token = f"({self._tokens.pattern})"
+        # One mark is enough: a template may have cut the other one off.
+        self._marked = re.compile(f"{start}{token}{end}?|{token}{end}|{start}|{end}")
 
     def mark(self, value: Any) -> Any:
         """The same value with every control token in it marked; keys of dicts too."""
@@ -76,9 +78,13 @@ class TextMarks:
     def split(self, rendered: str) -> list[str]:
         """Pieces of a rendered chat: ordinary text at even positions, typed tokens at odd ones.
 
-        A mark that lost its other half, as a template cut the text, still parts what is around it.
+        A mark without a token, as a template cut it, still parts what is around it.
         """
-        return [piece or "" for piece in self._marked.split(rendered)]
+        parts = self._marked.split(rendered)  # text, then two groups of which one may match, ...
+        pieces = [parts[0]]
+        for idx in range(1, len(parts), 3):
+            pieces += [parts[idx] or parts[idx + 1] or "", parts[idx + 2]]
+        return pieces
 
 
 def encode_pieces(
@@ -88,7 +94,7 @@ def encode_pieces(
 
     Raises ``ApiError`` for a typed token that the tokenizer only knows as a token.
     """
-    ids: list[int] = tokenizer.encode(pieces[0], add_special_tokens=False)
+    ids = _encode(tokenizer, pieces[0])
     forbidden = set(tokenizer.convert_tokens_to_ids(list(tokens))) if len(pieces) > 1 else set()
     for idx, piece in enumerate(pieces[1:], start=1):
         if idx % 2 == 0:
@@ -114,11 +120,15 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     """
     if not text:
         return []
-    line_break: list[int] = tokenizer.encode("\n", add_special_tokens=False)
-    ids: list[int] = tokenizer.encode("\n" + text, add_special_tokens=False)
+    line_break = _encode(tokenizer, "\n")
+    ids = _encode(tokenizer, "\n" + text)
     if ids[: len(line_break)] == line_break:
         return ids[len(line_break) :]
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _strings(value: Any) -> Iterator[str]:

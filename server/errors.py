@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import (
@@ -152,8 +153,10 @@ def renamed_error(error: ConfigError, field_names: Mapping[str, str]) -> ApiErro
     return failure
 
 
-def kv_exhausted(message: str) -> ApiError:
-    """A request that the engine ended as the KV cache cannot hold it."""
+def output_error(message: str, kind: str | None) -> ApiError:
+    """A request that the engine ended: the KV cache cannot hold it, or it left no way to go on."""
+    if kind == "request":
+        return ApiError(400, message, code="cannot_generate")
     return ApiError(503, message, code="kv_cache_exhausted", headers=_NO_RETRY)
 
 
@@ -236,13 +239,25 @@ def validation_error(errors: Any) -> ApiError:
 
 def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
+    message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         message = f"{request.method} {request.url.path} is not a known path"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
+        headers["Allow"] = _methods_of(request) or headers.get("Allow", "")
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+    return ApiError(error.status_code, message, code=code, headers=headers).response()
+
+
+def _methods_of(request: Request) -> str:
+    """Methods of a path; the router names those of the first route only."""
+    methods = {
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    }
+    return ", ".join(sorted(methods))
 
 
 def _param_of(message: str) -> str | None:

@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine import ConfigError, EngineRequest, RequestOutput, RequestStream
 from .disconnect import ClientDisconnectedError, run_while_connected
-from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error, kv_exhausted, renamed_error
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error, output_error, renamed_error
 from .logs import log_prompts
+from .request_id import request_id_var
 from .request_record import RequestRecord
 from .sse import HEADERS, KEEP_ALIVE
 from .state import ServerState
@@ -73,9 +74,8 @@ async def submitted(
     ``field_names``: what the request calls settings that have another name in the engine.
     """
     state = server_state(request)
-    names = [request_id]
-    if (client_name := request.headers.get("x-request-id")) is not None:
-        names.append(client_name)
+    # The name that its response's header bears: the client's, or one that was made for it.
+    names = (request_id, request_id_var.get())
     record = RequestRecord.of(request)
     try:
         stream = await state.engine.submit(
@@ -105,7 +105,7 @@ async def submitted(
 def check_output(output: RequestOutput) -> None:
     """Raise ``ApiError`` for an output that ended with an error."""
     if output.error is not None:
-        raise kv_exhausted(output.error)
+        raise output_error(output.error, output.error_kind)
 
 
 async def generate(

@@ -21,6 +21,8 @@ def health_of(state: ServerState) -> Health:
     """How the engine is now."""
     engine = state.engine
     status: HealthStatus = "ok" if engine.state == "running" else engine.state
+    if status == "ok" and not state.is_started:
+        status = "starting"
     loop_age_s = engine.loop_age_s
     if engine.state in ("running", "draining") and loop_age_s is not None:
         status = "stuck" if loop_age_s > state.config.health_timeout_s else status

@@ -15,12 +15,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from datetime import datetime, timezone
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..engine import EngineRequest, SamplingParams
 from .config import LogFormat
 from .request_id import request_id_var
 from .request_record import RequestRecord
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10's has no parameter
+    _StreamHandler = logging.StreamHandler
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ def setup_logs(log_format: LogFormat, stream: TextIO | None = None) -> logging.H
     return handler
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(_StreamHandler):
     """Ours, to be found again."""
 
 
@@ -120,7 +125,7 @@ def log_access(record: RequestRecord, status: int, *, is_complete: bool) -> None
         if record.time_to_first_token_s is not None:
             details.append(f"the first after {record.time_to_first_token_s:.3f} s")
         if record.num_preemptions:
-            details.append(f"preempted {record.num_preemptions} times")
+            details.append(f"preempted {_times(record.num_preemptions)}")
         line += ": " + ", ".join(details)
         entry |= {
             "response_id": record.request_id,
@@ -137,6 +142,10 @@ def log_access(record: RequestRecord, status: int, *, is_complete: bool) -> None
     elif not is_complete:
         line += "; the response was cut short"
     logger.log(level, "%s", line, extra={"fields": entry})
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def log_prompts(request_id: str, requests: Sequence[EngineRequest]) -> None:

@@ -17,8 +17,8 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    generate_latest,
 )
-from prometheus_client.exposition import choose_encoder
 
 from ..engine import AsyncLLMEngine, RequestMetrics, RequestOutput, SamplingParams
 from .engine_collector import EngineCollector
@@ -38,6 +38,8 @@ REQUEST_BUCKETS = (
 HTTP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 600.0)
 MAX_COUNTED_TOKENS = 1_000_000
 """Largest bucket of token counts; vLLM ends at the model's context, not known before it loads."""
+
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -224,14 +226,20 @@ class ServerMetrics:
             self._admission_rejections.inc()
 
     def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A response is over. ``route``: the path as declared, so that there are few."""
+        """A response is over. ``route``: the path as declared, so that there are few.
+
+        Methods that nobody knows are counted as ``other``: any word may be one.
+        """
+        method = method if method in HTTP_METHODS else "other"
         self._http_requests.labels(method, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The figures as text, and its content type, as an ``Accept`` header wants it."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+    def render(self) -> bytes:
+        """The figures in Prometheus' text format.
+
+        Not in OpenMetrics', which would turn ``vllm:`` into ``vllm_``.
+        """
+        return generate_latest(self._registry)
 
 
 def _reason(output: RequestOutput) -> str:

@@ -36,7 +36,7 @@ PERIOD_SECONDS = 0.25
 """Least time from one frame to the next."""
 
 REPEAT_SECONDS = 5.0
-"""A frame is sent again after so long without a change, as a sign of life."""
+"""A frame is sent again after so long without a new one, as a sign of life."""
 
 RATE_SECONDS = 2.0
 """Rates are those of this much time."""
@@ -140,7 +140,7 @@ class PageMapFeed:
         try:
             while self._engine.state in ("starting", "running"):
                 began = time.monotonic()
-                self._publish(await self._next())
+                self._publish(await self._next_in_time())
                 await asyncio.sleep(max(0.0, began + PERIOD_SECONDS - time.monotonic()))
             self._publish(self._state())
         finally:
@@ -148,6 +148,16 @@ class PageMapFeed:
                 self._task = None
                 for inbox in self._inboxes:
                     await inbox.put(None)
+
+    async def _next_in_time(self) -> PageMapFrame | PageMapState:
+        """The next one; while the engine is long at one step, the last one is sent again."""
+        task = asyncio.ensure_future(self._next())
+        try:
+            while not (await asyncio.wait({task}, timeout=REPEAT_SECONDS))[0]:
+                self._send(self._newest or self._state())
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _next(self) -> PageMapFrame | PageMapState:
         try:
@@ -161,8 +171,10 @@ class PageMapFeed:
         return PageMapState(state=engine.state, detail=detail)
 
     def _publish(self, frame: PageMapFrame | PageMapState) -> None:
-        if not self._is_news(frame):
-            return
+        if self._is_news(frame):
+            self._send(frame)
+
+    def _send(self, frame: PageMapFrame | PageMapState) -> None:
         self._newest = frame
         self._published = time.monotonic()
         for inbox in self._inboxes:

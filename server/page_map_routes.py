@@ -26,12 +26,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody},
     503: {"model": ErrorBody},
 }
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "Page maps, and `state` events while there is none.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    },
-}
 
 
 @router.get("/page-map", responses=_ERRORS)
@@ -41,7 +35,8 @@ async def page_map(request: Request) -> PageMapFrame:
     return await server_state(request).page_map.frame()
 
 
-@router.get("/page-map/events", responses={**_ERRORS, **_EVENTS}, response_class=Response)
+# Not in the schema: who tries all that is there would never come to the end of it.
+@router.get("/page-map/events", include_in_schema=False)
 async def page_map_events(request: Request) -> Response:
     """The same whenever something changed, at most four times a second."""
     state = server_state(request)

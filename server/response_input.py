@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .chat_plan import ChatTask
 from .errors import invalid_field
+from .protocol.json_value import read_json_object
 from .protocol.messages import ChatMessage
 from .protocol.response_request import InputItem, ResponseRequest, TextFormat
 from .protocol.sampling import SamplingFields
@@ -44,7 +45,8 @@ def response_task(body: ResponseRequest) -> ChatTask:
         messages=messages,
         places=places,
         field="input",
-        functions=body.tools,
+        functions=None if body.tools is None else [tool.function for tool in body.tools],
+        function_place="",
         tool_choice=body.tool_choice,
         has_parallel_calls=body.parallel_tool_calls is not False,
         max_tokens=body.max_output_tokens,
@@ -52,6 +54,7 @@ def response_task(body: ResponseRequest) -> ChatTask:
         num_logprobs=(body.top_logprobs or 0) if has_logprobs else None,
         template_kwargs=body.chat_template_kwargs,
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        reasoning_effort_name="reasoning.effort",
         form_name="text.format",
     )
 
@@ -104,6 +107,11 @@ def _message(item: InputItem, place: str) -> ChatMessage:
             role="tool", content=item.output, tool_call_id=item.call_id
         )
     _check_fields(item, place, "call_id", "name", "arguments")
+    assert item.arguments is not None
+    if read_json_object(item.arguments) is None:
+        raise invalid_field(
+            f"{place}.arguments", f"is {item.arguments!r:.100}; it must be a JSON object as text"
+        )
     function = SentFunctionCall.model_construct(name=item.name, arguments=item.arguments)
     call = SentToolCall.model_construct(id=item.call_id, function=function)
     return ChatMessage.model_construct(role="assistant", content=None, tool_calls=[call])

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from .chat_plan import plan_chat
 from .errors import ApiError
 from .generation import EventStream, generate, server_state
+from .json_body import JsonRoute
 from .model_routes import check_model
 from .protocol.response_objects import ResponseObject
 from .protocol.response_request import ResponseRequest
@@ -21,7 +22,7 @@ from .response_answer import ResponseEncoder, ResponsePlan, response_id, whole_r
 from .response_input import response_task
 from .responses import GENERATION_ERRORS, errors
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
 @router.post("/v1/responses", response_model=ResponseObject, responses={**GENERATION_ERRORS})

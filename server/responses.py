@@ -17,6 +17,7 @@ _REASONS = {
     404: "There is no such model.",
     408: "The body took too long to arrive.",
     413: "The body is too long.",
+    415: "The body is compressed.",
     429: "Too many requests wait; try again after `Retry-After` seconds.",
     499: "The request was aborted.",
     500: "The server made a mistake.",
@@ -27,10 +28,17 @@ _REASONS = {
 
 def errors(*statuses: int) -> Responses:
     """The errors that an operation may answer with."""
-    return {status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses}
+    described: Responses = {
+        status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses
+    }
+    if 429 in described:
+        described[429]["headers"] = {
+            "Retry-After": {"description": "seconds", "schema": {"type": "integer"}}
+        }
+    return described
 
 
-TEXT_ERRORS = errors(400, 401, 404, 408, 413, 500, 503)
+TEXT_ERRORS = errors(400, 401, 404, 408, 413, 415, 500, 503)
 """Of operations that read a body and generate nothing."""
 
 GENERATION_ERRORS: Responses = {

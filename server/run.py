@@ -7,12 +7,14 @@ Thread-safety: none; the main thread.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import signal
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +25,7 @@ from ..engine import (
     AsyncLLMEngine,
     ConfigError,
     EngineConfig,
+    LLMEngine,
     StartupPhase,
     StartupPhases,
     VmallocError,
@@ -64,8 +67,15 @@ def serve(
     setup_logs(server_config.log_format)
     listener = listen(server_config)
     phases = StartupPhases(on_finished=_log_phase)
+
+    def load(phases: StartupPhases) -> LLMEngine:
+        loaded = load_engine(model, tokenizer, engine_config, phases=phases)
+        with phases.phase("prepare structured outputs"):
+            loaded.prepare_structured_outputs()
+        return loaded
+
     engine = AsyncLLMEngine(
-        lambda phases: load_engine(model, tokenizer, engine_config, phases=phases),
+        load,
         max_queued_requests=server_config.max_queued_requests,
         queue_timeout_s=server_config.queue_timeout_s,
         release_idle_after_s=server_config.release_idle_after_s,
@@ -81,7 +91,7 @@ def serve(
             Path(server_config.uds).unlink(missing_ok=True)
     if isinstance(server.start_error, VmallocError):
         raise server.start_error
-    is_clean = server.start_error is None and engine.failure is None and not server.force_exit
+    is_clean = server.start_error is None and engine.failure is None and not state.is_hurried
     code = EXIT_OK if is_clean else EXIT_FAILED
     if not engine.end(END_SECONDS):
         # It loads or hangs in a step, and Python would take itself apart under it.
@@ -125,13 +135,22 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; end at once at the second."""
-        if self._loop is None or self._state.is_draining:
+        if self._loop is None or self._state.is_hurried:
             self.should_exit = self.force_exit = True
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._abort_connections)
+            return
+        if self._state.is_draining:
+            self._state.is_hurried = self.should_exit = True
+            self._on_loop(self._hurry, sig)
             return
         self._state.is_draining = True
-        self._loop.call_soon_threadsafe(self._start_to_drain, signal.Signals(sig).name)
+        self._on_loop(self._start_to_drain, sig)
+
+    def _on_loop(self, function: Callable[[str], None], sig: int) -> None:
+        """Call a function with the signal's name. It interrupted some request, and is none of its
+        business: lines that it logs do not bear its id."""
+        assert self._loop is not None
+        name = signal.Signals(sig).name
+        self._loop.call_soon_threadsafe(function, name, context=contextvars.Context())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -144,6 +163,11 @@ class DrainingServer(uvicorn.Server):
         assert self._loop is not None
         self._loop.call_later(FLUSH_SECONDS, self._abort_connections)
         await super().shutdown(sockets)
+
+    def _hurry(self, signal_name: str) -> None:
+        engine = self._state.engine
+        logger.warning("%s again: %d requests are given up", signal_name, engine.num_live)
+        self._abort_connections()
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
@@ -178,12 +202,13 @@ def listen(config: ServerConfig) -> socket.socket:
     if config.uds is not None:
         return _listen_unix(config.uds)
     try:
-        family, _, _, _, address = socket.getaddrinfo(
+        # Without the protocol asyncio would not switch Nagle's algorithm off: 40 ms a token.
+        family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         raise ConfigError(f"host is {config.host!r}; it has no address: {error}") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine import RequestOutputKind, SamplingParams, StructuredOutputsParams
-from .errors import ApiError
+from ..engine import ConfigError, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from .errors import ApiError, invalid_field, renamed_error
 from .protocol.sampling import SamplingFields
 from .protocol.structured import ResponseFormat, StructuredOutputs
 
@@ -46,6 +46,11 @@ _FORMS = (
     "guided_choice",
     "guided_grammar",
 )
+_KINDS = ("json", "regex", "choice", "grammar")
+
+MAX_FORM_CHARS = 1 << 16
+"""Longest schema, pattern or grammar, and all choices together: all requests wait while the engine
+compiles one."""
 
 
 def value(body: SamplingFields, name: str) -> Any:
@@ -94,20 +99,20 @@ def check_stream(body: SamplingFields) -> None:
     """Raise ``ApiError`` for fields that only a stream has, and for those that it cannot have."""
     if not body.stream:
         if body.stream_options is not None:
-            raise _invalid("stream_options", "is set without stream")
+            raise invalid_field("stream_options", "is set without stream")
         return
     if body.use_beam_search:
-        raise _invalid(
+        raise invalid_field(
             "use_beam_search", "is set with stream; which beam is best is known at the end only"
         )
     if body.best_of is not None and body.best_of > value(body, "n"):
-        raise _invalid(
+        raise invalid_field(
             "best_of",
             f"is {body.best_of} with stream and n {value(body, 'n')}; which candidates are best is "
             "known at the end only, so it must be n",
         )
     if body.prompt_logprobs is not None:
-        raise _invalid("prompt_logprobs", "is set with stream; use echo and logprobs there")
+        raise invalid_field("prompt_logprobs", "is set with stream; use echo and logprobs there")
 
 
 def check_room(
@@ -145,14 +150,14 @@ def _width(body: SamplingFields) -> int | None:
     if not body.use_beam_search:
         for name in ("beam_width", "length_penalty", "early_stopping"):
             if value(body, name) != type(body).model_fields[name].get_default():
-                raise _invalid(name, f"is {getattr(body, name)!r} without use_beam_search")
+                raise invalid_field(name, f"is {getattr(body, name)!r} without use_beam_search")
         return body.best_of
     if body.beam_width is None:
         return body.best_of
     if body.best_of not in (None, body.beam_width):
-        raise _invalid("beam_width", f"is {body.beam_width} and best_of is {body.best_of}")
+        raise invalid_field("beam_width", f"is {body.beam_width} and best_of is {body.best_of}")
     if body.beam_width < value(body, "n"):
-        raise _invalid("beam_width", f"is {body.beam_width}; it must be at least n, {body.n}")
+        raise invalid_field("beam_width", f"is {body.beam_width}; it must be at least n, {body.n}")
     return body.beam_width
 
 
@@ -162,25 +167,59 @@ def _logit_bias(body: SamplingFields) -> dict[int, float] | None:
     return {int(token_id): float(bias) for token_id, bias in body.logit_bias.items()}
 
 
+def form_names(body: SamplingFields) -> dict[str, str]:
+    """What the body calls the form that the engine knows as ``json``, ``regex`` and so on."""
+    names: dict[str, str] = {}
+    for name in _FORMS:
+        if getattr(body, name) is not None:
+            names |= _engine_names(name)
+    return names
+
+
+def _engine_names(name: str) -> dict[str, str]:
+    if name == "response_format":
+        return {"json": "response_format.json_schema.schema"}
+    if name == "structured_outputs":
+        return {kind: f"{name}.{kind}" for kind in _KINDS}
+    return {name.removeprefix("guided_"): name}
+
+
 def _form(
     body: SamplingFields, other: StructuredOutputsParams | None
 ) -> StructuredOutputsParams | None:
     """The one form that the text must have."""
     forms: dict[str, StructuredOutputsParams] = {}
     for name in _FORMS:
-        given = getattr(body, name)
-        form = None if given is None else _read_form(name, given)
+        form = _read_form(name, getattr(body, name))
         if form is not None:
             forms[name] = form
     if len(forms) > 1:
         first, second = list(forms)[:2]
-        raise _invalid(second, f"is set beside {first}; a text has one form")
+        raise invalid_field(second, f"is set beside {first}; a text has one form")
     if forms and other is not None:
-        raise _invalid(next(iter(forms)), "is set although the text has a form already")
+        raise invalid_field(next(iter(forms)), "is set although the text has a form already")
     return next(iter(forms.values()), other)
 
 
 def _read_form(name: str, given: Any) -> StructuredOutputsParams | None:
+    try:
+        form = _make_form(name, given)
+    except ConfigError as error:
+        raise renamed_error(error, _engine_names(name)) from error
+    if form is not None and form.kind != "json_object":
+        content = getattr(form, form.kind)
+        num_chars = len(content) if isinstance(content, str) else sum(map(len, content))
+        if num_chars > MAX_FORM_CHARS:
+            raise invalid_field(
+                _engine_names(name)[form.kind],
+                f"has {num_chars} characters; at most {MAX_FORM_CHARS}",
+            )
+    return form
+
+
+def _make_form(name: str, given: Any) -> StructuredOutputsParams | None:
+    if given is None:
+        return None
     if isinstance(given, ResponseFormat):
         return _response_format(given)
     if isinstance(given, StructuredOutputs):
@@ -197,11 +236,7 @@ def _read_form(name: str, given: Any) -> StructuredOutputsParams | None:
 def _response_format(given: ResponseFormat) -> StructuredOutputsParams | None:
     if (given.json_schema is not None) != (given.type == "json_schema"):
         what = "is missing" if given.json_schema is None else "is set"
-        raise _invalid("response_format.json_schema", f"{what} with the type {given.type}")
+        raise invalid_field("response_format.json_schema", f"{what} with the type {given.type}")
     if given.json_schema is not None:
         return StructuredOutputsParams(json=given.json_schema.schema_)
     return StructuredOutputsParams(json_object=True) if given.type == "json_object" else None
-
-
-def _invalid(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name} {what}", param=name, code="invalid_value")

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from pathlib import Path
 
 from .. import __version__
 from ..engine import (
     AsyncLLMEngine,
-    ConfigError,
     EngineUnavailableError,
     LLMEngine,
     RequestStream,
@@ -21,8 +19,14 @@ from ..engine import (
 from .config import ServerConfig
 from .metrics import ServerMetrics
 from .page_map_feed import PageMapFeed
+from .template_source import load_template
 from .text import TextProcessor
 from .tracing import RequestTracer
+
+CLOSE_SECONDS = 60.0
+"""Longest wait for the end of the engine's step."""
+
+HURRIED_CLOSE_SECONDS = 5.0
 
 
 class ServerState:
@@ -33,10 +37,13 @@ class ServerState:
         config: the server's settings.
         model: what the model was loaded by.
 
+    Raises ``ConfigError`` for a chat template that is none.
+
     Attributes:
         model_names: names that requests may give the model; the first is reported.
         created: when the server started, in seconds of the Unix clock.
         is_draining: whether it is about to end; streams without an end should.
+        is_hurried: whether it is to end at once, and nobody waits for a step that hangs.
         metrics: what ``/metrics`` shows.
         tracer: what makes a span of each request, or None.
         page_map: the page map for whoever watches it.
@@ -50,10 +57,13 @@ class ServerState:
         self.model_names = config.served_model_names or (model,)
         self.created = created
         self.is_draining = False
+        self.is_hurried = False
         self.metrics = ServerMetrics(engine, model_name=self.model_name, version=__version__)
         endpoint = config.otlp_traces_endpoint
         self.tracer = None if endpoint is None else RequestTracer(endpoint, self.model_name)
         self.page_map = PageMapFeed(engine, self.model_name)
+        path = config.chat_template
+        self._chat_template = None if path is None else load_template(path)
         self._text: TextProcessor | None = None
         self._streams: dict[str, set[RequestStream]] = defaultdict(set)
 
@@ -61,6 +71,11 @@ class ServerState:
     def model_name(self) -> str:
         """The name that responses report."""
         return self.model_names[0]
+
+    @property
+    def is_started(self) -> bool:
+        """Whether everything that a request needs is there."""
+        return self._text is not None
 
     @property
     def max_model_len(self) -> int | None:
@@ -80,12 +95,7 @@ class ServerState:
         await self.engine.wait_started()
         tokenizer = await self.engine.call(lambda engine: engine.tokenizer)
         self.metrics.set_cache_info(await self.engine.call(_cache_info))
-        path = self.config.chat_template
-        try:
-            template = None if path is None else Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template is {path!r}: {error}") from error
-        self._text = TextProcessor(tokenizer, template)
+        self._text = TextProcessor(tokenizer, self._chat_template)
 
     def add_stream(self, stream: RequestStream, *names: str) -> None:
         """Let a request be aborted by these names."""
@@ -107,7 +117,7 @@ class ServerState:
     async def close(self) -> None:
         """Give everything back."""
         self.is_draining = True
-        await self.engine.close()
+        await self.engine.close(HURRIED_CLOSE_SECONDS if self.is_hurried else CLOSE_SECONDS)
         if self._text is not None:
             self._text.close()
         if self.tracer is not None:

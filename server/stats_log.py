@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from ..engine import AsyncLLMEngine, EngineSnapshot
 
@@ -40,6 +41,7 @@ class StatsLog:
         self._stats_s = stats_s
         self._poll_s = poll_s
         self._last_line: EngineSnapshot | None = None
+        self._last_line_time = 0.0
         self._last_poll: EngineSnapshot | None = None
 
     async def run(self) -> None:
@@ -56,17 +58,17 @@ class StatsLog:
         if self._last_poll is not None:
             _log_preemptions(self._last_poll, now)
         self._last_poll = now
-        if self._last_line is None:
-            self._last_line = now
-        elif now.time - self._last_line.time >= self._stats_s:
-            # Nothing happened since, and nothing runs: nothing to say.
-            if now.num_steps > self._last_line.num_steps or now.num_live_requests:
-                _log_stats(self._last_line, now)
-            self._last_line = now
+        seconds = time.monotonic() - self._last_line_time
+        if self._last_line is not None and seconds < self._stats_s:
+            return
+        # Where nothing happened and nothing runs there is nothing to say.
+        before = self._last_line
+        if before is not None and (now.num_steps > before.num_steps or now.num_live_requests):
+            _log_stats(before, now, seconds)
+        self._last_line, self._last_line_time = now, time.monotonic()
 
 
-def _log_stats(before: EngineSnapshot, now: EngineSnapshot) -> None:
-    seconds = now.time - before.time
+def _log_stats(before: EngineSnapshot, now: EngineSnapshot, seconds: float) -> None:
     prompt_rate = (now.tokens.prompt_tokens - before.tokens.prompt_tokens) / seconds
     rate = (now.tokens.generation_tokens - before.tokens.generation_tokens) / seconds
     scheduler, kv = now.scheduler, now.kv

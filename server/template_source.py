@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +16,8 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 from jinja2.parser import Parser
+
+from ..errors import ConfigError
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -107,6 +110,20 @@ def read_template(source: str) -> TemplateSource:
     }
     variables = jinja2.meta.find_undeclared_variables(tree)
     return TemplateSource(source, frozenset(variables), "\0".join(sorted(literals)))
+
+
+def load_template(path: str) -> str:
+    """The source in a file. Raises ``ConfigError`` if it cannot be read, or is no template."""
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        read_template(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template is {path!r}; it cannot be read: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"chat_template is {path!r}; line {error.lineno} is no Jinja: {error.message}"
+        ) from error
+    return source
 
 
 def select_template(template: str | dict[str, str] | None, *, with_tools: bool) -> str:

@@ -46,11 +46,14 @@ def plan_tools(
     template: TemplateSource,
     *,
     has_parallel_calls: bool = True,
+    function_place: str = "function.",
 ) -> ToolPlan | None:
     """The plan of a request's ``tools`` and ``tool_choice``; None: no tool takes part.
 
     ``"auto"``, the default, leaves the answer free; with a ``strict`` tool, its calls are kept to
     the schemas. ``"required"`` makes the whole answer calls, a named tool one call of it.
+
+    ``function_place``: where in a tool its function is.
 
     Raises ``ApiError`` for tools that cannot be, and where the chat template knows none.
     """
@@ -58,7 +61,7 @@ def plan_tools(
         if choice not in (None, "none"):
             raise invalid_field("tool_choice", "is set without tools")
         return None
-    _check_names(functions)
+    _check_names(functions, function_place)
     if choice == "none":
         return None
     tool_format = template.tool_format
@@ -86,14 +89,14 @@ def plan_tools(
     )
 
 
-def _check_names(functions: Sequence[FunctionDefinition]) -> None:
+def _check_names(functions: Sequence[FunctionDefinition], place: str) -> None:
     if len(functions) > MAX_TOOLS:
         raise invalid_field("tools", f"has {len(functions)} entries; at most {MAX_TOOLS}")
     seen: set[str] = set()
     for idx, function in enumerate(functions):
         if function.name in seen:
             raise invalid_field(
-                f"tools.{idx}.function.name", f"is {function.name!r}, as another's is"
+                f"tools.{idx}.{place}name", f"is {function.name!r}, as another's is"
             )
         seen.add(function.name)
 

@@ -8,6 +8,7 @@ key.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from .logs import QUIET_PATHS
 from .request_record import RequestRecord
 
 TRACES_PATH = "/v1/traces"
-CLOSE_MILLISECONDS = 3000
+CLOSE_SECONDS = 3.0
 """Time that spans which are not sent yet get when the server ends."""
 
 _OPERATIONS = {
@@ -69,11 +70,13 @@ class RequestTracer:
                 f"otlp_traces_endpoint is {endpoint!r}; traces need OpenTelemetry: "
                 f"pip install 'vmalloc[otel]' ({error})"
             ) from error
-        processor: Any = (
-            BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(endpoint)))
-            if exporter is None
-            else SimpleSpanProcessor(exporter)
-        )
+        processor: Any
+        if exporter is None:
+            exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint))
+            processor = BatchSpanProcessor(exporter)
+        else:
+            processor = SimpleSpanProcessor(exporter)
+        self._exporter = exporter
         resource = Resource.create({"service.name": "vmalloc", "service.version": __version__})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
@@ -113,8 +116,12 @@ class RequestTracer:
 
     def close(self) -> None:
         """Send what is left, for a while, and end the thread."""
-        self._provider.force_flush(CLOSE_MILLISECONDS)
+        # The SDK's own limits do not hold while an export is tried again.
+        giving_up = threading.Timer(CLOSE_SECONDS, self._exporter.shutdown)
+        giving_up.daemon = True
+        giving_up.start()
         self._provider.shutdown()
+        giving_up.cancel()
 
     def _attributes(self, scope: Scope, record: RequestRecord, status: int) -> dict[str, Any]:
         attributes: dict[str, Any] = {

@@ -225,6 +225,22 @@ def test_unknown_options_exit_with_2(run, arguments):
     assert code == cli.EXIT_BAD_INPUT
 
 
+def test_the_commands_are_listed_and_bench_explains_itself(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("generate", "serve", "bench", "top", "info"):
+        assert command in out
+    code, out, _ = run("bench", "--help")
+    assert code == 0
+    for option in (
+        *("--num-prompts", "--request-rate", "--max-concurrency", "--seed", "--endpoint"),
+        *("--model", "--api-key", "--goodput", "--json", "--output", "--time-limit"),
+        *("--input-len", "--output-len", "--length-spread", "--ignore-eos"),
+    ):
+        assert option in out
+
+
 def test_help_shows_every_option_with_a_text(run):
     code, out, _ = run("generate", "--help")
     assert code == 0

@@ -89,7 +89,7 @@ def test_backend_protocol():
 
 
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
-    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of"}
+    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "try_assign"}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
 
 

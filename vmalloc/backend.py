@@ -454,10 +454,10 @@ class KVBackend(Protocol):
         """Give all physical memory back, the live sequences' to host memory; addresses stay.
 
         Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
-        place. Until ``try_wake`` every call but ``stats``, ``page_map``, ``close`` and ``try_wake``
-        raises ``ConfigError``. False, and nothing changed, where the swap space does not hold the
-        live sequences, or they exceed a cap that was lowered, or the memory cannot go without its
-        addresses (paged on CUDA).
+        place. Until ``try_wake`` every call but ``stats``, ``prefix_stats``, ``page_map``,
+        ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
+        swap space does not hold the live sequences, or they exceed a cap that was lowered, or the
+        memory cannot go without its addresses (paged on CUDA).
         """
         ...
 

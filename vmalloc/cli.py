@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.style import Style
 
 from . import bench_options as benching
 from . import cli_options as options
 from . import serve_options as serving
 from .errors import ConfigError, VmallocError
+from .prompt_text import TextPrinter, read_prompts
 
 if TYPE_CHECKING:
     from .engine import LLM, EngineConfig, RequestOutput
@@ -42,9 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-_BOLD = Style(bold=True)
 
 
 @app.command()
@@ -93,7 +90,7 @@ def generate(
     batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
-    prompts = _read_prompts(prompt or [], prompts_file)
+    prompts = read_prompts(prompt or [], prompts_file)
     _prepare_process(model)
     from .engine import LLM, SamplingParams, StructuredOutputsParams
 
@@ -160,6 +157,7 @@ def serve(
     queue_timeout: serving.QueueTimeout = None,
     request_timeout: serving.RequestTimeout = None,
     max_body_bytes: serving.MaxBodyBytes = 8 << 20,
+    body_timeout: serving.BodyTimeout = 30.0,
     max_logprobs: serving.MaxLogprobs = 20,
     shutdown_timeout: serving.ShutdownTimeout = 60.0,
     health_timeout: serving.HealthTimeout = 120.0,
@@ -188,7 +186,7 @@ def serve(
     batch_invariant: options.BatchInvariant = False,
 ) -> None:
     """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
-    model = _one_model(model_argument, model)
+    model = _one_model(context, model_argument, model)
     if as_json and not dry_run:
         raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
     _prepare_process(model)
@@ -214,6 +212,7 @@ def serve(
         queue_timeout_s=queue_timeout,
         request_timeout_s=request_timeout,
         max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout,
         allowed_origins=tuple(allowed_origins or ()),
         sse_keep_alive_s=sse_keep_alive_interval,
         shutdown_timeout_s=shutdown_timeout,
@@ -324,78 +323,6 @@ def info(as_json: options.AsJson = False) -> None:
         Console().print(host_report(facts))
 
 
-class TextPrinter:
-    """Prints texts in the order of the prompts and completions, each as it comes."""
-
-    def __init__(self, prompts: list[str], num_completions: int = 1) -> None:
-        self._prompts = prompts
-        self._num_completions = num_completions
-        self._console = Console()
-        self._pending = [""] * len(prompts) * num_completions
-        self._is_finished = [False] * len(prompts) * num_completions
-        self._current = -1
-        self._next()
-
-    def add(self, output: RequestOutput) -> None:
-        """Take what is new of one request; show it if its completion is the one on screen."""
-        first = int(output.request_id) * self._num_completions
-        for completion in output.outputs:
-            self._pending[first + completion.index] += completion.text
-            self._is_finished[first + completion.index] = completion.is_finished
-        if output.is_finished:  # also of completions that there are none of
-            self._is_finished[first : first + self._num_completions] = [
-                True
-            ] * self._num_completions
-        while self._current < len(self._pending):
-            self._write(self._pending[self._current])
-            self._pending[self._current] = ""
-            if not self._is_finished[self._current]:
-                break
-            self._write("\n\n")
-            self._next()
-
-    def _next(self) -> None:
-        self._current += 1
-        if self._current < len(self._pending):
-            prompt_idx, idx = divmod(self._current, self._num_completions)
-            prompt = self._prompts[prompt_idx]
-            if self._num_completions > 1:
-                self._write(f"[{idx + 1}/{self._num_completions}] ")
-            self._write(_BOLD.render(prompt) if self._console.is_terminal else prompt)
-
-    def _write(self, text: str) -> None:
-        # Past the console, which would expand tabs and drop carriage returns of the model's text.
-        self._console.file.write(text)
-        self._console.file.flush()
-
-
-def _read_prompts(prompts: list[str], prompts_file: Path | None) -> list[str]:
-    """Prompts of the options, then those of the file."""
-    result = list(prompts)
-    if prompts_file is not None:
-        try:
-            # Bytes, and cut at newlines alone: form feeds and the like belong to a prompt.
-            text = prompts_file.read_bytes().decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts file is {str(prompts_file)!r}: {error}") from error
-        lines = [line.removesuffix("\r") for line in text.split("\n")]
-        result += [_read_prompt_line(line) for line in lines if line.strip()]
-    if not result:
-        raise ConfigError("there is no prompt; give --prompt TEXT or --prompts-file FILE")
-    return result
-
-
-def _read_prompt_line(line: str) -> str:
-    if line.startswith('"') and line.rstrip().endswith('"'):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            return line
-        if isinstance(value, str):
-            return value
-    return line
-
-
 def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> None:
     """The figures of the KV memory; with ``as_json`` the outputs too, in one object."""
     from .memory_table import memory_report, memory_summary
@@ -462,7 +389,10 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError(f"output is {str(path)!r}; it cannot be written: {error}") from error
 
 
-def _one_model(argument: str | None, option: str | None) -> str:
+def _one_model(context: typer.Context, argument: str | None, option: str | None) -> str:
+    source: Any = context.get_parameter_source("model")
+    if argument is not None and source.name == "DEFAULT_MAP":  # of a config file
+        return argument
     if argument is not None and option is not None and argument != option:
         raise ConfigError(f"the model is {argument!r} and --model is {option!r}; give one of them")
     return argument or option or "demo"

@@ -180,13 +180,15 @@ class ElasticTensor:
         """Let rows from ``first`` on be the same memory as ``rows``, and commit them.
 
         What is written through one is read through the other. Memory is free when neither is
-        committed any more. False for lack of kernel mappings.
+        committed any more; rows that share a page are given up together. False for lack of kernel
+        mappings.
 
         Raises:
             ConfigError: ``rows`` or the rows from ``first`` on are not whole pages; the ones are
                 not committed, or the others are.
         """
-        self._spans((rows, range(first, first + len(rows))))
+        if not self._spans((rows, range(first, first + len(rows)))):
+            return True
         source = (rows.start * self._row_bytes, rows.stop * self._row_bytes)
         return self._memory.try_alias(source, first * self._row_bytes, self._stream(stream))
 

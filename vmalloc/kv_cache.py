@@ -243,6 +243,36 @@ class VirtualKVCache:
         self._arena.free([slots[parent] for parent in plan.dropped])
         return True
 
+    def try_assign(
+        self, seq_ids: Sequence[int], source_ids: Sequence[int], num_tokens: int
+    ) -> bool:
+        """Let every sequence hold the first ``num_tokens`` rows of what its source holds now.
+
+        All of ``seq_ids`` stay in their slots, so that a batch of neighbouring slots stays one
+        strided tensor: where they differ from their source, its full pages are mapped at their
+        addresses instead and the rest of the rows is copied. A source may be any live sequence, the
+        sequence itself included. Between steps only; waits for the kernels of the last one.
+
+        Returns:
+            False, and nothing has changed, if pages are short. On a device that works on its own
+            also if it does not say that it is done.
+
+        Raises:
+            ConfigError: a step is open, a sequence is not live or named twice, or a source is
+                shorter.
+        """
+        _check_num_tokens(num_tokens)
+        slots, sources = self._slots(seq_ids), self._slots(source_ids)
+        assign = partial(self._arena.try_assign, slots, sources, num_tokens)
+        if not self._evicting(assign):
+            return False
+        self._prefixes.rename(dict(zip(seq_ids, source_ids, strict=True)), num_tokens)
+        for seq_id in seq_ids:
+            self._prefixes.truncate(seq_id, num_tokens)
+            self._len_of[seq_id] = num_tokens
+            self._cut.discard(seq_id)
+        return True
+
     def register_tokens(self, seq_id: int, token_ids: Sequence[int], num_tokens: int) -> None:
         slot = self._slots((seq_id,))[0]
         if not 0 <= num_tokens <= min(self._len_of[seq_id], len(token_ids)):

@@ -219,7 +219,7 @@ class PagedKVCache:
         return num_freed
 
     def prefix_stats(self) -> PrefixCacheStats:
-        self._check_usable()
+        self._check_open()
         return self._index.stats()
 
     def begin_step(self, stream: int | None = None) -> Step:

@@ -88,8 +88,8 @@ Uds = Annotated[
 ServedModelName = Annotated[
     list[str] | None,
     typer.Option(
-        help="Name of the model to clients. Repeatable; answers carry the first. Default: the "
-        "name in --model.",
+        help="Name of the model to clients. Repeatable; the first is the one of metrics, and of "
+        "answers to requests without 'model'. Default: the name in --model.",
         rich_help_panel=_HTTP,
     ),
 ]
@@ -170,6 +170,13 @@ RequestTimeout = Annotated[
 MaxBodyBytes = Annotated[
     int,
     typer.Option(help="Longest request body; a longer one gets 413.", rich_help_panel=_LIMITS),
+]
+BodyTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds that a request's body may take to arrive; a slower one gets 408.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 MaxLogprobs = Annotated[
     int,

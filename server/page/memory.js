@@ -108,12 +108,13 @@ export class Memory {
     const { map, totals } = this.frame;
     const canvas = find("capacity-bar");
     const { context, width, height } = fit(canvas);
+    context.save();
     context.beginPath();
     context.roundRect(0, 0, width, height, 5);
     context.clip();
     this.painter.paint(context, "track", 0, 0, width, height);
     const parts = Object.entries(bytesByKind(map, totals));
-    const whole = Math.max(totals.capacity_bytes, ...[parts.reduce((sum, [, size]) => sum + size, 0)]);
+    const whole = Math.max(totals.capacity_bytes, parts.reduce((sum, [, size]) => sum + size, 0));
     let x = 0;
     for (const [kind, size] of parts) {
       if (size === 0) continue;
@@ -121,6 +122,7 @@ export class Memory {
       this.painter.paint(context, kind, Math.round(x), 0, Math.round(end) - Math.round(x), height);
       x = end;
     }
+    context.restore();
     const words = parts.filter(([, size]) => size).map(([kind, size]) => `${KINDS[kind].name} ${bytes(size)}`);
     canvas.setAttribute("aria-label", `Physical memory by use: ${words.join(", ") || "none"}`);
   }

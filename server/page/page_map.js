@@ -98,7 +98,7 @@ export class PageMapView {
   layout(width) {
     const strip = this.numStrips === 1 ? 14 : 8;
     const height = this.numStrips * (strip + 1) - 1;
-    const left = width < 420 ? 84 : 128;
+    const left = width < 420 ? 96 : 128;
     const right = width - 14;
     return { strip, height, pitch: height + ROW_GAP, left, right, cell: (right - left) / this.axis };
   }
@@ -190,7 +190,7 @@ export class PageMapView {
     if (slot.is_padding) return ["padding", "muted"];
     if (slot.seq_id === null) return ["free", "muted"];
     if (slot.request_id === null) return [`sequence ${slot.seq_id}`, "ink"];
-    if (this.own && slot.request_id.startsWith(this.own)) return ["your request", "accent"];
+    if (this.own && slot.request_id.startsWith(this.own)) return ["yours", "accent"];
     return [slot.request_id.replace(/^(chat)?cmpl-|^resp_/, ""), "ink"];
   }
 
@@ -252,7 +252,7 @@ export class PageMapView {
     const pages = run.end - run.first === 1 ? `Page ${run.first}` : `Pages ${run.first} to ${run.end - 1}`;
     const numRegions = this.map.row_bytes.length;
     const where = numRegions === 1 ? "" : this.numStrips === 1 ? ` in each of ${numRegions} regions` : ` of region ${region}`;
-    const [label] = this.labelOf(slot);
+    const label = this.labelOf(slot)[0].replace(/^yours$/, "your request");
     const tokens = slot.seq_id === null ? "" : ` · ${count(slot.num_tokens)} tokens`;
     const { name, meaning } = KINDS[run.kind];
     return (

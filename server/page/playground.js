@@ -121,6 +121,8 @@ export class Playground {
     const hadFocus = document.activeElement === find("stop");
     find("stop").hidden = !isBusy;
     find("send").disabled = isBusy;
+    find("hint-idle").hidden = isBusy;
+    find("hint-busy").hidden = !isBusy;
     this.output.setAttribute("aria-busy", String(isBusy));
     if (!isBusy && hadFocus) find("prompt").focus();
   }

@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from .base import ApiRequest, unsupported
+from .json_value import is_unicode
 from .tools import SentToolCall
 
 _OTHER_PARTS = (
@@ -30,11 +31,14 @@ def read_content(value: Any, part_types: tuple[str, ...], extra: frozenset[str])
 
     ``extra``: fields that parts may have besides and that say nothing to a model.
     """
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
+    if isinstance(value, list):
+        parts = enumerate(value)
+        value = "\n".join(_read_part(idx, part, part_types, extra) for idx, part in parts)
+    if value is not None and not isinstance(value, str):
         raise PydanticCustomError("invalid_value", "must be a string or a list of text parts")
-    return "\n".join(_read_part(idx, part, part_types, extra) for idx, part in enumerate(value))
+    if value is not None and not is_unicode(value):
+        raise PydanticCustomError("invalid_value", "holds half a surrogate pair")
+    return value
 
 
 def _read_part(idx: int, part: Any, part_types: tuple[str, ...], extra: frozenset[str]) -> str:

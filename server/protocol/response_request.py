@@ -13,7 +13,7 @@ from .base import ApiRequest, accepted, unsupported
 from .chat import ReasoningEffort
 from .json_value import JsonObject
 from .messages import content_schema, read_content
-from .tools import FlatToolChoice, FunctionDefinition
+from .tools import FlatToolChoice, FunctionDefinition, ToolName
 from .values import StopStrings
 
 _PART_TYPES = ("input_text", "output_text", "text")
@@ -75,10 +75,28 @@ class TextConfig(ApiRequest):
     ) = None
 
 
-class FunctionTool(FunctionDefinition):
+class FunctionTool(ApiRequest):
     """A function of the client's."""
 
     type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: JsonObject | None = Field(
+        None, description="JSON schema of the arguments; null: there are none"
+    )
+    strict: bool | None = Field(
+        None, description="arguments always follow the schema, also where the model may choose"
+    )
+
+    @property
+    def function(self) -> FunctionDefinition:
+        """As chats have it."""
+        return FunctionDefinition.model_construct(
+            name=self.name,
+            description=self.description,
+            parameters=self.parameters,
+            strict=self.strict,
+        )
 
 
 class Reasoning(ApiRequest):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import ApiRequest, accepted, unsupported
-from .structured import ResponseFormat, StructuredOutputs
+from .structured import Choices, ResponseFormat, StructuredOutputs
 from .values import BadWords, EarlyStopping, LogitBias, SchemaOrText, StopStrings, TokenIds
 
 MAX_N = 128
@@ -125,7 +125,7 @@ class SamplingFields(ApiRequest):
     guided_regex: _Text | None = Field(
         None, description="`structured_outputs.regex` by its old name"
     )
-    guided_choice: Annotated[list[_Text], Field(min_length=1, fail_fast=True)] | None = Field(
+    guided_choice: Choices | None = Field(
         None, description="`structured_outputs.choice` by its old name"
     )
     guided_grammar: _Text | None = Field(

@@ -12,6 +12,12 @@ from pydantic import Field
 from .base import ApiRequest, accepted, unsupported
 from .values import SchemaOrText
 
+MAX_CHOICES = 1024
+
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
+]
 _Text = Annotated[str, Field(min_length=1)]
 
 
@@ -42,9 +48,7 @@ class StructuredOutputs(ApiRequest):
 
     json_: SchemaOrText = Field(None, alias="json", description="the text is JSON of this schema")
     regex: _Text | None = Field(None, description="the whole text matches")
-    choice: Annotated[list[_Text], Field(min_length=1, fail_fast=True)] | None = Field(
-        None, description="the text is one of these"
-    )
+    choice: Choices | None = Field(None, description="the text is one of these")
     grammar: _Text | None = Field(None, description="the text follows a Lark or GBNF grammar")
     json_object: bool | None = Field(None, description="the text is any JSON object")
     disable_fallback: bool | None = accepted(description="there is one way to enforce a form")

@@ -142,9 +142,3 @@ class ToolCall(ApiResponse):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-
-
-class ToolCallDelta(ToolCall):
-    """A whole call in a stream."""
-
-    index: int

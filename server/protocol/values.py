@@ -7,6 +7,7 @@ Owns: nothing.  Thread-safety: plain values.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import PlainValidator, WithJsonSchema
@@ -20,6 +21,7 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGIT_BIAS = 100.0
 """Largest either way; OpenAI's limit."""
 MAX_ID_DIGITS = 10
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 MAX_PROMPTS = 1024
 """Most prompts of one request; vLLM's limit."""
 
@@ -39,6 +41,8 @@ def _read_stop(value: Any) -> Any:
         refuse("has {num} strings; at most {most}", num=len(texts), most=MAX_STOP_STRINGS)
     if "" in texts:
         refuse("holds an empty string; every text would end before it")
+    if any(_HALF_PAIR.search(text) for text in texts):
+        refuse("holds half a surrogate pair; no text would ever end with it")
     return value
 
 
@@ -90,6 +94,8 @@ def _read_logit_bias(value: Any) -> Any:
                 least=-MAX_LOGIT_BIAS,
                 most=MAX_LOGIT_BIAS,
             )
+    if len({int(key) for key in value}) < len(value):
+        refuse("names a token twice, once with zeros before it")
     return value
 
 

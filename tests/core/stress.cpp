@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "cuda_driver.h"
+#include "elastic_memory.h"
 #include "error.h"
 #include "fault_driver.h"
 #include "kv_arena.h"
@@ -37,6 +38,8 @@ using Random = std::mt19937;
 constexpr std::size_t kPageBytes = 4096;
 constexpr std::size_t kMaxRows = 96;
 constexpr std::size_t kNumOperations = 300;
+constexpr std::size_t kElasticRow = 1000;  // bytes: rows share pages, and straddle them
+constexpr std::size_t kElasticRows = 90;   // of each thread
 
 void require(bool holds, const char* what) {
   if (holds) return;
@@ -141,7 +144,7 @@ class Engine {
 
  private:
   void operate() {
-    switch (pick(random_, 17)) {
+    switch (pick(random_, 18)) {
       case 0:
       case 1:
         admit();
@@ -178,6 +181,9 @@ class Engine {
         break;
       case 12:
         uncache();
+        break;
+      case 13:
+        if (!live_.empty()) assign();
         break;
       default:
         step();
@@ -255,6 +261,28 @@ class Engine {
                           live_[parent].begin() + static_cast<std::ptrdiff_t>(num_rows));
       check(child);
     }
+  }
+
+  /// Some sequences go on from others' rows, in their own slots.
+  void assign() {
+    KVArena::Slots slots, sources;
+    std::size_t num_rows = kMaxRows;
+    for (const auto& entry : live_) {
+      if (pick(random_, 2) == 0) continue;
+      slots.push_back(entry.first);
+      sources.push_back(any());
+      num_rows = std::min(num_rows, live_[sources.back()].size());
+    }
+    if (slots.empty()) return;
+    num_rows = pick(random_, num_rows + 1);
+    if (!arena_.try_assign(slots, sources, num_rows)) return;
+    const auto before = live_;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      const std::vector<float>& source = before.at(sources[i]);
+      live_[slots[i]].assign(source.begin(),
+                             source.begin() + static_cast<std::ptrdiff_t>(num_rows));
+    }
+    for (const std::uint32_t slot : slots) check(slot);
   }
 
   void swap_out() {
@@ -401,6 +429,77 @@ void run_arena_round(const Kernels& kernels, unsigned seed) {
   require(inner->counters().create_calls == inner->counters().destroy_calls, "a page leaked");
 }
 
+/// Commits, writes, compares and gives up rows of its own half, which share pages with each other
+/// and, at the border, with the other half.
+void use_elastic_rows(vmalloc::ElasticMemory& memory, vmalloc::Driver& driver,
+                      const Kernels& kernels, std::size_t first_row, unsigned seed) {
+  driver.attach_thread();  // for the launches
+  Random random(seed);
+  std::map<std::size_t, float> rows;
+  float next_value = 1;
+  const auto for_each_cell = [&](std::size_t row, auto visit) {
+    for (std::size_t r = 0; r < memory.num_regions(); ++r) {
+      auto* cells = reinterpret_cast<float*>(memory.region(r)->address() + row * kElasticRow);
+      visit(cells);
+      visit(cells + kElasticRow / sizeof(float) - 1);
+    }
+  };
+  for (std::size_t i = 0; i < kNumOperations; ++i) {
+    jitter(random);
+    const std::size_t first = first_row + pick(random, kElasticRows);
+    const std::size_t end = std::min(first + 1 + pick(random, 30), first_row + kElasticRows);
+    const vmalloc::ByteSpan span{first * kElasticRow, end * kElasticRow};
+    if (pick(random, 2) == 0) {
+      if (!memory.try_commit({span}, 0)) continue;
+      for (std::size_t row = first; row < end; ++row) {
+        rows[row] = next_value++;
+        for_each_cell(row, [&](float* cell) { *cell = rows[row]; });
+      }
+      kernels.launch(memory.region(0)->address() + span.first, span.end - span.first);
+    } else {
+      for (std::size_t row = first; row < end; ++row) {
+        if (rows.count(row) == 0) continue;
+        for_each_cell(row, [&](const float* cell) {
+          require(*cell == rows[row], "an elastic row is not as it was written");
+        });
+        rows.erase(row);
+      }
+      memory.decommit({span}, 0);
+    }
+  }
+}
+
+void run_elastic_round(const Kernels& kernels, unsigned seed) {
+  Random random(seed);
+  const std::shared_ptr<vmalloc::Driver> inner = kernels.make_driver();
+  auto driver = std::make_shared<vmalloc::FaultDriver>(inner);
+  {
+    vmalloc::ElasticMemory memory(driver, 1 + pick(random, 3), 2 * kElasticRows * kElasticRow,
+                                  20 + pick(random, 60), pick(random, 20), pick(random, 2) == 0);
+    driver->delay_maps(pick(random, 2) == 0 ? 0 : static_cast<unsigned>(pick(random, 100)));
+    std::atomic<bool> stop{false};
+    std::thread observer([&] {
+      Random local(seed + 1);
+      while (!stop.load()) {
+        const vmalloc::PoolStats pool = memory.stats().pool;
+        require(pool.num_created == pool.num_free + pool.num_in_use + pool.num_retired,
+                "created == free + in_use + retired does not hold");
+        memory.check_invariants();
+        if (pick(local, 20) == 0) static_cast<void>(memory.trim(0));
+        jitter(local);
+      }
+    });
+    std::thread other([&] { use_elastic_rows(memory, *inner, kernels, 0, seed + 2); });
+    use_elastic_rows(memory, *inner, kernels, kElasticRows, seed + 3);
+    other.join();
+    stop = true;
+    observer.join();
+    memory.check_invariants();
+    if (seed % 2 == 0) memory.close();
+  }
+  require(inner->counters().create_calls == inner->counters().destroy_calls, "a page leaked");
+}
+
 void run_thread_pool_round(unsigned seed) {
   Random random(seed);
   vmalloc::set_num_threads(1 + pick(random, 4));
@@ -441,6 +540,7 @@ int main(int argc, char** argv) {
   const Kernels kernels(library);
   for (unsigned round = 0; round < num_rounds; ++round) {
     run_arena_round(kernels, round);
+    run_elastic_round(kernels, round);
     run_thread_pool_round(round);
   }
   std::printf("stress: %u rounds passed\n", num_rounds);

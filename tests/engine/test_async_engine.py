@@ -329,6 +329,16 @@ class TestEnd:
 
         run(work())
 
+    def test_a_drain_wakes_a_sleeper_for_those_who_wait(self) -> None:
+        async def work() -> None:
+            async with running() as engine:
+                stream = await engine.submit("0", [request(PROMPTS[0])])
+                await engine.call(LLMEngine.sleep)
+                assert await engine.drain(HANG_SECONDS)
+                assert (await read(stream))[0] == reference()[0]
+
+        run(work())
+
     def test_a_drain_ends_in_time_and_a_close_tells_who_is_left(self) -> None:
         async def work() -> None:
             async with running() as engine:
@@ -438,8 +448,11 @@ class TestFaults:
         async def work() -> None:
             async with running(max_num_seqs=2) as engine:
                 await self.inject(engine, lambda seqs: True)
-                streams = [await engine.submit(str(idx), [request()]) for idx in range(20)]
-                results = await asyncio.gather(*map(read, streams), return_exceptions=True)
+
+                async def use(idx: int) -> list[str]:
+                    return await read(await engine.submit(str(idx), [request()]))
+
+                results = await asyncio.gather(*map(use, range(20)), return_exceptions=True)
                 assert all(isinstance(result, EngineUnavailableError) for result in results)
                 await until(lambda: engine.state == "dead")
                 assert engine.failure == "RuntimeError: injected fault"

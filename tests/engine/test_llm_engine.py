@@ -19,6 +19,7 @@ from vmalloc.engine import (
     RequestOutputKind,
     SamplingParams,
 )
+from vmalloc.engine.kv_attention import ATTENTION_NAME
 from vmalloc.engine.model_loader import resolve_model_name
 from vmalloc.engine.tokenizer import Detokenizer, load_tokenizer
 from vmalloc.errors import ClosedError, VmallocError
@@ -485,7 +486,7 @@ class TestOneModuleOneEngine:
         model = copy.deepcopy(tiny_model("llama"))
         before = model.config._attn_implementation
         llm = LLM(model)
-        assert model.config._attn_implementation == "vmalloc"
+        assert model.config._attn_implementation == ATTENTION_NAME
         del llm
         gc.collect()
         assert model.config._attn_implementation == before

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 from vmalloc.engine import LLM, ConfigError, SamplingParams, UnsupportedModelError
+from vmalloc.engine.kv_attention import ATTENTION_NAME
 
 NUM_NEW_TOKENS = 12
 MODELS = [
@@ -135,7 +136,7 @@ def test_the_model_has_its_own_attention_back_after_close(tiny_model: Any) -> No
     model = tiny_model("llama")
     before = model.config._attn_implementation
     llm = LLM(model, max_num_seqs=2)
-    assert model.config._attn_implementation == "vmalloc"
+    assert model.config._attn_implementation == ATTENTION_NAME
     llm.close()
     llm.close()
     assert model.config._attn_implementation == before

@@ -408,6 +408,9 @@ def test_a_pinned_prefix_stays_when_others_are_forgotten(make_engine: Any) -> No
     engine = make_engine(block_size=4)
     prompts = [[idx, *PROMPT * 3] for idx in range(2)]
     assert engine.pin_prefix(prompts[0]) == 0  # nothing of it was computed yet
+    for act in (engine.pin_prefix, engine.unpin_prefix):
+        with pytest.raises(ConfigError, match="cache_salt has 1025 characters"):
+            act(prompts[0], "s" * 1025)
 
     def num_cached(idx: int) -> int:
         engine.add_request("0", prompts[idx], sampled(1, max_tokens=1))

@@ -15,10 +15,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import vmalloc.engine.generation as generation
-from vmalloc import cli
 from vmalloc.engine import LLM, EngineConfig, LLMEngine, SamplingParams
 from vmalloc.engine.model_loader import resolve_model_name
 from vmalloc.errors import VmallocError
+from vmalloc.prompt_text import TextPrinter, read_prompts
 
 PROMPT = [1, 2, 3, 4]
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -179,7 +179,7 @@ def test_a_truncated_checkpoint_is_a_typed_error(tmp_path: Path) -> None:
 def test_the_printer_changes_no_character(text: str) -> None:
     stdout = io.StringIO()
     with redirect_stdout(stdout):
-        printer = cli.TextPrinter([text])
+        printer = TextPrinter([text])
         completion = SimpleNamespace(index=0, text=text, is_finished=True)
         output: Any = SimpleNamespace(request_id="0", outputs=[completion], is_finished=True)
         printer.add(output)
@@ -189,7 +189,7 @@ def test_the_printer_changes_no_character(text: str) -> None:
 def test_a_prompts_file_splits_at_newlines_only(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes('\ufeffa\r\nx\x0cy\n"l\u2028m"\n'.encode())
-    assert cli._read_prompts([], path) == ["a", "x\x0cy", "l\u2028m"]
+    assert read_prompts([], path) == ["a", "x\x0cy", "l\u2028m"]
 
 
 @pytest.mark.parametrize(

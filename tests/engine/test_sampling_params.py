@@ -48,6 +48,7 @@ BEAMS = {"use_beam_search": True, "n": 2, "temperature": 0.0}
         ({"logits_processors": [lambda logits: logits]}, "logits_processors holds <function"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs is"),
         ({"cache_salt": 5}, "cache_salt is 5"),
+        ({"cache_salt": "s" * 1025}, "cache_salt has 1025 characters; it must have at most 1024"),
         ({"use_prefix_cache": None}, "use_prefix_cache is None"),
         ({"use_beam_search": True}, "use_beam_search is set with a width of 1"),
         ({**BEAMS, "temperature": 0.5}, "temperature is 0.5 with use_beam_search"),

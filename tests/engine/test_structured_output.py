@@ -324,3 +324,14 @@ def test_what_it_needs_is_named(monkeypatch: pytest.MonkeyPatch, tokenizer: Any)
     monkeypatch.setattr(structured_output_module, "llguidance", None)
     with pytest.raises(ConfigError, match=r"vmalloc\[structured\]"):
         make_filters(settings(json_object=True), VOCAB, tokenizer)
+
+
+def test_an_expression_of_a_million_letters_is_followed(
+    compiler: StructuredOutputCompiler, tokenizer: Any
+) -> None:
+    """Within the limits that keep it from holding others up for seconds."""
+    matcher = compiler.matcher(StructuredOutputsParams(regex="(a{1000}){1000}"))
+    texts = {tokenizer.decode([token_id]) for token_id in allowed_ids(matcher)}
+    assert "a" in texts
+    assert all(set(text) == {"a"} for text in texts)
+    assert not matcher.may_end

@@ -189,6 +189,23 @@ class BackendMachine(RuleBasedStateMachine):
             tokens = [self.tokens[beams[i]] for i in parent_idx]
             self.tokens.update(zip(beams, tokens, strict=True))
 
+    @precondition(lambda self: self.is_virtual and self.tokens and self.step is None)
+    @rule(data=st.data(), share=st.sampled_from([0.0, 0.4, 0.9, 1.0, 1.0]), more=st.integers(0, 3))
+    def assign(self, data, share, more):
+        seq_ids = data.draw(self.some_live())
+        count = len(seq_ids)
+        source_ids = data.draw(st.lists(self.one_live(), min_size=count, max_size=count))
+        num_tokens = int(share * min(len(self.tokens[source]) for source in source_ids))
+        slots = [self.cache.slot_of(seq_id) for seq_id in seq_ids]
+        if self.cache.try_assign(seq_ids, source_ids, num_tokens):
+            old_tokens, old_salts = dict(self.tokens), dict(self.salts)
+            for seq_id, source in zip(seq_ids, source_ids, strict=True):
+                self.tokens[seq_id] = old_tokens[source][:num_tokens]
+                self.salts[seq_id] = old_salts[source]
+            # In place, and writable at once: growing moves nobody to another slot either.
+            self.grow(seq_ids, more, 1)
+            assert slots == [self.cache.slot_of(seq_id) for seq_id in seq_ids]
+
     @rule(more=st.integers(1, 2))
     def pad(self, more):
         """A padded batch writes to its scratch row; whose row that is, the invariants tell."""

@@ -122,6 +122,7 @@ def test_a_sleeping_cache_shows_that_it_sleeps(kind):
     assert engine.cache.try_sleep()
     page_map = engine.cache.page_map()
     check_page_map(page_map, engine.cache.stats())
+    assert engine.cache.prefix_stats().num_lookups == 1
     assert page_map.is_asleep
     assert page_map.num_pages("live") == 0
     assert engine.cache.try_wake()

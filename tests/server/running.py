@@ -1,4 +1,4 @@
-"""A real server on a free port, in a thread of the test's process, and the same engine offline."""
+"""A real server on a free port, in a thread of the test's process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import httpx
-import pytest
-import uvicorn
 
-from vmalloc.engine import LLM, AsyncLLMEngine, EngineConfig, LLMEngine, load_engine
-from vmalloc.server.app import create_app
+from vmalloc.engine import AsyncLLMEngine, EngineConfig, LLMEngine, load_engine
 from vmalloc.server.config import ServerConfig
-from vmalloc.server.run import listen
+from vmalloc.server.run import DrainingServer, listen
 from vmalloc.server.state import ServerState
 
 T = TypeVar("T")
@@ -28,6 +25,23 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 64 << 20,
 }
+
+
+class _Server(DrainingServer):
+    """The product's own server, which tells when it is ready."""
+
+    def __init__(self, state: ServerState) -> None:
+        super().__init__(state)
+        self.has_started = threading.Event()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None
+        return self._loop
+
+    def _engine_started(self, error: BaseException | None) -> None:
+        super()._engine_started(error)
+        self.has_started.set()
 
 
 class RunningServer:
@@ -50,37 +64,18 @@ class RunningServer:
         self._listener = listen(config)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_SECONDS)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_started = threading.Event()
-        self._start_error: BaseException | None = None
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(
-                create_app(self.state, on_started=self._started),
-                log_config=None,
-                access_log=False,
-                ws="none",
-                timeout_graceful_shutdown=5,
-            )
+        self._uvicorn = _Server(self.state)
+        self._thread = threading.Thread(
+            target=self._uvicorn.run, args=([self._listener],), daemon=True
         )
-        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._has_started.wait(DEADLINE_SECONDS)
-        assert self._start_error is None, self._start_error
-
-    def _run(self) -> None:
-        async def run() -> None:
-            self._loop = asyncio.get_running_loop()
-            await self._uvicorn.serve(sockets=[self._listener])
-
-        asyncio.run(run())
-
-    def _started(self, error: BaseException | None) -> None:
-        self._start_error = error
-        self._has_started.set()
+        assert self._uvicorn.has_started.wait(DEADLINE_SECONDS)
+        assert self._uvicorn.start_error is None, self._uvicorn.start_error
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        """POST JSON."""
-        return self.http.post(path, json=body)
+        """POST JSON, in ASCII: half a surrogate pair is sent as it is."""
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers=headers)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """The answer of ``/v1/completions``, which must be a good one."""
@@ -100,9 +95,14 @@ class RunningServer:
 
     def on_engine(self, function: Callable[[LLMEngine], T]) -> T:
         """What a function of the engine returns, between two of its steps."""
-        assert self._loop is not None
-        call = asyncio.run_coroutine_threadsafe(self.state.engine.call(function), self._loop)
+        loop = self._uvicorn.loop
+        call = asyncio.run_coroutine_threadsafe(self.state.engine.call(function), loop)
         return call.result(DEADLINE_SECONDS)
+
+    def connections(self) -> list[Any]:
+        """The server's ends of the connections that are open."""
+        protocols = list(self._uvicorn.server_state.connections)
+        return [protocol.transport.get_extra_info("socket") for protocol in protocols]
 
     def wait_idle(self) -> None:
         """Wait until no request is live."""
@@ -118,19 +118,3 @@ class RunningServer:
         self._thread.join(DEADLINE_SECONDS)
         assert not self._thread.is_alive()
         self._listener.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    """A server; at the end nothing may run in it."""
-    running = RunningServer()
-    yield running
-    running.wait_idle()
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    """The same model and settings without a server."""
-    with LLM("demo", **SETTINGS) as offline:
-        yield offline

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +19,8 @@ from vmalloc import ConfigError
 from vmalloc.server.page_map_client import read_url
 from vmalloc.server.top_view import SPARKS, bytes_by_kind, page_map_view, spark_line
 
-from .process import ROOT, ServerProcess
+from .process import REPOSITORY, ServerProcess, running_server
+from .running import RunningServer
 
 HANG_SECONDS = 60.0
 KEY = "a-key"
@@ -28,7 +28,8 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16") as process:
+    settings = ("--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16")
+    with running_server(*settings) as process:
         yield process
 
 
@@ -36,7 +37,7 @@ def server() -> Iterator[ServerProcess]:
 def guarded() -> Iterator[ServerProcess]:
     """One that wants a key."""
     settings = ("--kv-cache-memory-bytes", str(16 << 20), "--kv-backend", "paged")
-    with ServerProcess("--api-key", KEY, *settings) as process:
+    with running_server("--api-key", KEY, *settings) as process:
         yield process
 
 
@@ -94,7 +95,7 @@ def events(url: str, **options: Any) -> Iterator[dict[str, Any]]:
 def run_top(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vmalloc.cli", "top", *arguments],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -138,31 +139,46 @@ def test_events_come_four_times_a_second_at_most(server: ServerProcess) -> None:
     assert times[-1] - times[0] >= 7 * 0.24
 
 
-def test_a_client_that_leaves_is_forgotten(server: ServerProcess) -> None:
-    for _ in range(5):
-        assert next(events(server.url))
-    deadline = time.monotonic() + HANG_SECONDS
-    while _num_watchers(server) > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def test_nothing_is_computed_once_the_clients_left() -> None:
+    running = RunningServer()
+    try:
+        feed = running.state.page_map
+        streams = [events(running.url) for _ in range(3)]
+        for stream in streams:
+            assert next(stream)
+        assert feed.num_watchers == 3
+        for stream in streams:
+            stream.close()  # type: ignore[attr-defined]
+        deadline = time.monotonic() + HANG_SECONDS
+        while feed.num_watchers > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        num_looks = feed.num_looks
+        running.complete(prompt="import os", max_tokens=300)
+        assert feed.num_looks == num_looks
+    finally:
+        running.close()
 
 
-def _num_watchers(server: ServerProcess) -> int:
-    """Established connections to the server, but for idle ones: those of streams stay open."""
-    connections = 0
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, *_ = line.split()
-        connections += int(local.split(":")[1], 16) == server.port and state == "01"
-    return connections
+def test_an_idle_server_gives_pages_back_although_somebody_watches() -> None:
+    settings = ("--no-enable-prefix-caching", "--release-idle-after", "0.5")
+    with running_server(*settings, "--kv-cache-memory-bytes", str(16 << 20)) as process:
+        stream = events(process.url)
+        next(stream)
+        process.complete("import os", max_tokens=200)
+        for frame in stream:
+            totals = frame["totals"]
+            if totals["generated_tokens"] == 200 and not frame["map"]["slots"]:
+                break
+        assert totals["free_pages"] == 0
 
 
 def test_the_stream_does_not_keep_a_server_alive() -> None:
-    with ServerProcess("--kv-cache-memory-bytes", str(16 << 20)) as process:
+    with running_server("--kv-cache-memory-bytes", str(16 << 20)) as process:
         stream = events(process.url)
         assert next(stream)
-        assert process.stop() == 0
+        assert process.end() == 0
         list(stream)  # it ended, in order
-        process.stop = lambda: 0  # type: ignore[method-assign]
 
 
 def test_a_key_is_asked_for(guarded: ServerProcess) -> None:
@@ -194,7 +210,7 @@ def test_top_prints_json(server: ServerProcess) -> None:
 def test_top_draws_until_it_is_told_to_end(server: ServerProcess) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "vmalloc.cli", "top", server.url, "--json"],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -224,7 +240,7 @@ def test_top_says_what_is_wrong(guarded: ServerProcess, server: ServerProcess) -
 
 def test_top_needs_no_torch() -> None:
     script = "import sys, vmalloc.server.top; assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +262,8 @@ def test_what_is_no_url_is_refused(text: str) -> None:
         read_url(text)
 
 
+RUNNING = [["shared", 2], ["live", 3], ["ahead", 1]]
+PARKED = [["parked", 3]]
 FRAME: dict[str, Any] = {
     "time": 0.0,
     "state": "running",

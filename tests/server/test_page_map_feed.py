@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -180,6 +181,29 @@ def test_frames_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < sleeps[0] <= page_map_feed.PERIOD_SECONDS == 0.25
 
 
+def test_a_long_step_does_not_silence_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_map_feed, "REPEAT_SECONDS", 0.05)
+
+    async def test() -> None:
+        async with running_engine() as engine:
+            feed = PageMapFeed(engine, "name")
+            is_over = threading.Event()
+            step = asyncio.create_task(engine.call(lambda _: is_over.wait(HANG_SECONDS)))
+            await asyncio.sleep(0)  # it is asked for before the page map is
+            async with feed.watch() as frames:
+                for _ in range(3):
+                    state = await anext(frames)
+                    assert isinstance(state, PageMapState)
+                    assert state.state == "running"
+                is_over.set()
+                assert await step
+                async for frame in frames:
+                    if isinstance(frame, PageMapFrame):
+                        break
+
+    run(test)
+
+
 def test_what_is_no_frame_is_a_state() -> None:
     async def test() -> None:
         engine = AsyncLLMEngine(
@@ -210,13 +234,23 @@ def test_what_is_no_frame_is_a_state() -> None:
     run(test)
 
 
-def test_asleep() -> None:
+@pytest.mark.parametrize("backend", ["virtual", "paged"])
+def test_a_sleeping_engine_lives_and_says_that_it_sleeps(backend: str) -> None:
     async def test() -> None:
-        async with running_engine() as engine:
+        async with running_engine(kv_backend=backend) as engine:
             feed = PageMapFeed(engine, "name")
+            await generate(engine, "first", 10)
             await engine.call(LLMEngine.sleep)
-            frame = await feed.frame()
-            assert frame.map.is_asleep
-            assert await engine.call(LLMEngine.wake)
+            async with feed.watch() as frames:
+                async for frame in frames:
+                    assert isinstance(frame, PageMapFrame)
+                    if frame.map.is_asleep:
+                        break
+                assert await engine.call(LLMEngine.wake)
+                async for frame in frames:
+                    assert isinstance(frame, PageMapFrame)
+                    if not frame.map.is_asleep:
+                        break
+            await generate(engine, "second", 10)
 
     run(test)

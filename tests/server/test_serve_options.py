@@ -14,6 +14,8 @@ import pytest
 from vmalloc import cli
 from vmalloc.engine import EngineConfig
 from vmalloc.engine.memory_plan import plan_memory
+from vmalloc.errors import ConfigError
+from vmalloc.server.config import ServerConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -117,6 +119,14 @@ def test_a_config_file_gives_options_and_the_command_line_wins(
     assert plan("--config", config_file(""))["max_num_seqs"] == 64
 
 
+def test_a_model_on_the_command_line_wins_over_the_one_in_a_config_file(
+    plan: Any, config_file: Callable[[str], str]
+) -> None:
+    path = config_file("model: no/such/model\n")
+    assert plan("demo", "--config", path)["model"] == "demo"
+    assert plan("--model", "demo", "--config", path)["model"] == "demo"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -182,6 +192,121 @@ def test_bad_input_exits_with_2_and_names_the_value(
     assert re.search(words, err.replace("\n", " "))
 
 
+@pytest.fixture
+def serve_with(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, ...]]:
+    """What the server would be run with."""
+    import vmalloc.server.run
+
+    def call(*arguments: str) -> tuple[Any, ...]:
+        seen: list[tuple[Any, ...]] = []
+
+        def keep(*args: Any) -> int:
+            seen.append(args)
+            return 7
+
+        monkeypatch.setattr(vmalloc.server.run, "serve", keep)
+        code, _, err = run(*arguments)
+        assert code == 7, err
+        return seen[0]
+
+    return call
+
+
+def test_the_defaults_are_those_of_the_configs(serve_with: Any) -> None:
+    model, tokenizer, engine_config, server_config = serve_with()
+    assert (model, tokenizer) == ("demo", None)
+    assert engine_config == EngineConfig()
+    assert server_config == ServerConfig()
+
+
+def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("template", "cert", "key")}
+    for path in files.values():
+        path.write_text("x")
+    model, tokenizer, engine_config, server_config = serve_with(
+        *("some/model", "--tokenizer", "other", "--dtype", "bfloat16", "--device", "cpu"),
+        *("--host", "0.0.0.0", "--port", "9", "--uds", "/tmp/s", "--root-path", "/llm"),
+        *("--served-model-name", "a", "--served-model-name", "b"),
+        *("--chat-template", str(files["template"]), "--allowed-origins", "https://x"),
+        *("--sse-keep-alive-interval", "3", "--ssl-certfile", str(files["cert"])),
+        *("--ssl-keyfile", str(files["key"]), "--api-key", "k1", "--api-key", "k2"),
+        *("--admin-api-key", "k3", "--max-num-queued-reqs", "4", "--queue-timeout", "5"),
+        *("--request-timeout", "6", "--max-body-bytes", "7", "--max-logprobs", "8"),
+        *("--body-timeout", "9"),
+        *("--shutdown-timeout", "9", "--health-timeout", "10", "--release-idle-after", "0"),
+        *("--log-format", "json", "--enable-log-requests", "--disable-log-stats"),
+        *("--otlp-traces-endpoint", "http://c", "--seed", "11", "--enforce-eager", "--compile"),
+        *("--no-enable-prefix-caching", "--batch-invariant", "--preemption-mode", "swap"),
+        *("--scheduling-policy", "priority", "--commit-policy", "oracle", "--block-size", "12"),
+        *("--gpu-memory-utilization", "0.5", "--kv-driver", "host", "--kv-backend", "virtual"),
+    )
+    assert (model, tokenizer) == ("some/model", "other")
+    assert server_config == ServerConfig(
+        host="0.0.0.0",
+        port=9,
+        uds="/tmp/s",
+        api_keys=("k1", "k2"),
+        admin_api_keys=("k3",),
+        served_model_names=("a", "b"),
+        chat_template=str(files["template"]),
+        max_queued_requests=4,
+        queue_timeout_s=5.0,
+        request_timeout_s=6.0,
+        max_body_bytes=7,
+        body_timeout_s=9.0,
+        allowed_origins=("https://x",),
+        sse_keep_alive_s=3.0,
+        shutdown_timeout_s=9.0,
+        health_timeout_s=10.0,
+        release_idle_after_s=None,
+        root_path="/llm",
+        ssl_certfile=str(files["cert"]),
+        ssl_keyfile=str(files["key"]),
+        log_format="json",
+        log_requests=True,
+        log_stats=False,
+        otlp_traces_endpoint="http://c",
+    )
+    assert engine_config == EngineConfig(
+        device="cpu",
+        dtype="bfloat16",
+        kv_backend="virtual",
+        kv_driver="host",
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
+        compile=True,
+        scheduling_policy="priority",
+        preemption_mode="swap",
+        enable_prefix_caching=False,
+        block_size=12,
+        commit_policy="oracle",
+        seed=11,
+        batch_invariant=True,
+        max_logprobs=8,
+    )
+
+
+def test_keys_come_from_the_environment_and_from_a_file(
+    serve_with: Any, config_file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file("api-key: [f1, f2]\nserved-model-name: one\nport: 81\n")
+    server_config = serve_with("--config", path)[3]
+    assert server_config.api_keys == ("f1", "f2")
+    assert server_config.served_model_names == ("one",)
+    assert server_config.port == 81
+    monkeypatch.setenv("VMALLOC_API_KEY", "e1 e2")
+    monkeypatch.setenv("VMALLOC_ADMIN_API_KEY", "e3")
+    server_config = serve_with("--config", path)[3]
+    assert server_config.api_keys == ("e1", "e2")
+    assert server_config.admin_api_keys == ("e3",)
+    assert serve_with("--config", path, "--api-key", "c1")[3].api_keys == ("c1",)
+
+
+def test_what_is_not_installed_is_named_with_its_extra() -> None:
+    with pytest.raises(ConfigError, match=r"no_such_module.*pip install 'vmalloc\[server\]'"):
+        cli._check_extra("server", ("json", "no_such_module"))
+
+
 def test_vllms_names_and_our_own_are_all_in_the_help(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +318,7 @@ def test_vllms_names_and_our_own_are_all_in_the_help(
         *("--host", "--port", "--uds", "--api-key", "--admin-api-key", "--served-model-name"),
         *("--chat-template", "--max-num-queued-reqs", "--queue-timeout", "--request-timeout"),
         *("--max-body-bytes", "--max-logprobs", "--allowed-origins", "--sse-keep-alive-interval"),
+        *("--body-timeout",),
         *("--shutdown-timeout", "--health-timeout", "--release-idle-after", "--root-path"),
         *("--ssl-certfile", "--ssl-keyfile", "--log-format", "--enable-log-requests"),
         *("--disable-log-stats", "--otlp-traces-endpoint", "--config", "--dry-run", "--tokenizer"),

@@ -285,19 +285,20 @@ class VAttentionCache:
     def _commit_ahead(self, stream: int) -> None:
         """Runs on the thread: back what the next step needs, and a little more if it is free."""
         try:
-            if not self._try_back(self._targets(1), stream):
+            next_rows = self._targets(1)
+            num_mapped = self._num_missing(next_rows)
+            if not self._try_back(next_rows, stream):
                 return
-            num_mapped = 0
             for ahead in range(2, AHEAD_TOKENS + 1):
                 for slot, num_rows in self._targets(ahead).items():
+                    if num_mapped >= AHEAD_BLOCKS:
+                        return
                     missing = self._num_missing({slot: num_rows})
                     if missing == 0:
                         continue
                     if missing > self._num_free() or not self._commit({slot: num_rows}, stream):
                         return
                     num_mapped += missing
-                    if num_mapped >= AHEAD_BLOCKS:
-                        return
         except DriverError as error:
             self.worker_error = str(error)  # the next step meets it too, and raises it, if it lasts
 
