@@ -16,42 +16,65 @@ if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+}
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     """A Llama of 4 layers with random weights, wide enough apart for greedy decoding."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    path.mkdir()
+    config = LlamaConfig(**SIZES, num_hidden_layers=4, initializer_range=0.2)
+    return saved(LlamaForCausalLM, config, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def mixed_model_path(tmp_path_factory):
+    """A Gemma of 4 layers with sliding windows and 2 with full attention."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **SIZES,
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=128,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return saved(Gemma3ForCausalLM, config, tmp_path_factory.mktemp("mixed"))
+
+
+def saved(model_class, config, path):
+    import torch
+
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "engine" / "demo_model" / name, path)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=2048,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model_class(config).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def served(model_path):
+def served(model_path, mixed_model_path):
     """Run a workload of serving.py once and remember what it returned."""
     results = {}
 
     def run(workload, kind):
         if (workload, kind) not in results:
+            path = mixed_model_path if workload == "mixed" else model_path
             command = [sys.executable, "-m", "tests.integrations.vllm.serving"]
             done = subprocess.run(
-                [*command, str(model_path), workload, kind],
+                [*command, str(path), workload, kind],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,

@@ -14,7 +14,7 @@ import psutil
 
 MIB = 1 << 20
 POOL_BYTES = 1024 * MIB  # of the ragged workload
-SMALL_POOL_BYTES = 64 * MIB  # of the one that turns the pool over
+SMALL_POOL_BYTES = 32 * MIB  # of the one that turns the pool over
 IDLE_S = 3.0
 VOCABULARY = 2048
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 4  # layers, K and V, heads, head_dim, float32
@@ -50,7 +50,7 @@ def turnover(model, kind):
     llm = engine(model, "elastic", SMALL_POOL_BYTES, max_num_seqs=8, block_size=32)
     committed, num_tokens = [], 0
     start = stats(llm)
-    for prompt in prompts(1000, 850, 900):
+    for prompt in prompts(1000, 400, 450):
         (output,) = generate(llm, [prompt], max_tokens=4)
         num_tokens += len(prompt["prompt_token_ids"]) + len(output.token_ids)
         committed.append(stats(llm)["created_bytes"])
@@ -112,7 +112,18 @@ def asleep(llm):
     }
 
 
-WORKLOADS = {"ragged": ragged, "turnover": turnover}
+def mixed(model, kind):
+    """A model whose layers are of two kinds, which share one pool of blocks."""
+    llm = engine(model, kind, 2 * SMALL_POOL_BYTES, max_num_seqs=16, block_size=32)
+    outputs = generate(llm, prompts(16, 10, 700), max_tokens=40, logprobs=2)
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "gaps": [gaps(output) for output in outputs],
+        "idle": wait_until_empty(llm, 0) if kind == "elastic" else {},
+    }
+
+
+WORKLOADS = {"ragged": ragged, "turnover": turnover, "mixed": mixed}
 
 
 def engine(model, kind, pool_bytes, **settings):

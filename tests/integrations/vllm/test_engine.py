@@ -83,6 +83,13 @@ def test_sleep_returns_memory_and_waking_needs_none(served):
     assert result["same_after_sleep"]
 
 
+def test_layers_of_two_kinds_share_the_memory(served):
+    stock, elastic = served("mixed", "stock"), served("mixed", "elastic")
+    assert_same_tokens(stock["tokens"], stock["gaps"], elastic["tokens"])
+    assert elastic["idle"]["held_extents"] == 1
+    assert elastic["idle"]["refused_steps"] == 0
+
+
 @pytest.mark.parametrize("workload", ["ragged", "turnover"])
 def test_nothing_was_refused_where_there_was_enough(served, workload):
     result = served(workload, "elastic")
