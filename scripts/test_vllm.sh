@@ -23,7 +23,7 @@ fi
 # The extension alone; the Python files are the working tree's.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 mkdir -p "$site/vmalloc"
-cp "$("$python" -c 'import vmalloc._core as core; print(core.__file__)')" "$site/vmalloc/"
+cp --remove-destination "$("$python" -c 'import vmalloc._core as core; print(core.__file__)')" "$site/vmalloc/"
 
 export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}

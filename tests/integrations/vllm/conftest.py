@@ -72,17 +72,19 @@ def served(model_path, mixed_model_path):
     def run(workload, kind):
         if (workload, kind) not in results:
             path = mixed_model_path if workload == "mixed" else model_path
-            command = [sys.executable, "-m", "tests.integrations.vllm.serving"]
-            done = subprocess.run(
-                [*command, str(path), workload, kind],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=900,
-            )
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            assert lines, done.stdout[-4000:] + done.stderr[-8000:]
-            results[workload, kind] = json.loads(lines[-1].removeprefix("RESULT "))
-        return results[workload, kind]
+            results[workload, kind] = run_engine(str(path), workload, kind)
+        result = results[workload, kind]
+        assert isinstance(result, dict), result  # a failed run fails each test that needs it
+        return result
 
     return run
+
+
+def run_engine(path, workload, kind):
+    """What the process returned, or the end of what it printed."""
+    command = [sys.executable, "-m", "tests.integrations.vllm.serving", path, workload, kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if lines:
+        return json.loads(lines[-1].removeprefix("RESULT "))
+    return done.stdout[-4000:] + done.stderr[-8000:]

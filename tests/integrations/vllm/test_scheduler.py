@@ -253,7 +253,7 @@ class TestWorkerMemory:
     def test_a_plan_beyond_memory_is_refused_until_it_is_known(self, memory):
         assert memory.apply(self.plan([0, 1, 2], complete=True)) is None
         refusal = memory.apply(self.plan(range(3, 12)))
-        assert (refusal.number, refusal.num_held) == (1, 3)
+        assert (refusal.number, refusal.num_held) == (1, 6)
         again = memory.apply(self.plan([3]))
         assert (again.number, again.num_held) == (1, 0)
         assert memory.apply(self.plan([0, 7, 8], complete=True, seen=1)) is None

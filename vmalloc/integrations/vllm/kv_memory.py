@@ -164,7 +164,15 @@ class KVMemory:
     def _follow(self, plan: MemoryPlan) -> bool:
         gone = self._held - set(plan.commit) if plan.is_complete else self._held & {*plan.decommit}
         self._decommit(gone)
-        return self._try_commit([extent for extent in plan.commit if extent not in self._held])
+        missing = [extent for extent in plan.commit if extent not in self._held]
+        if self._try_commit(missing):
+            return True
+        # How many there is memory for is what the scheduler needs to know; the complete plan that
+        # it sends next says which.
+        for extent in missing:
+            if not self._try_commit([extent]):
+                break
+        return False
 
     def _try_commit(self, extents: list[int]) -> bool:
         if not extents:

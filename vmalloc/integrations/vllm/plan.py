@@ -43,7 +43,7 @@ class RefusedOutput(ModelRunnerOutput):  # type: ignore[misc]
     Attributes:
         number: which refusal it is, counted from 1. Steps that were on their way when the first
             was refused bear its number.
-        num_held: extents that the worker does have.
+        num_held: extents that the worker does have memory for; 0 if it was not for lack of memory.
     """
 
     number: int = 0
