@@ -106,9 +106,16 @@ def asleep(llm):
     sleeping = stats(llm)
     llm.wake_up()
     after = generate(llm, [prompt], max_tokens=8)
+    known = stats(llm)["refused_steps"]
+    llm.collective_rpc("discard", args=(("kv_cache",),))  # behind the scheduler's back
+    discarded = stats(llm)
+    again = generate(llm, [prompt], max_tokens=8)
     return {
         "sleeping": sleeping,
         "same_after_sleep": list(before[0].token_ids) == list(after[0].token_ids),
+        "discarded": discarded,
+        "same_after_discard": list(before[0].token_ids) == list(again[0].token_ids),
+        "refused_after_discard": stats(llm)["refused_steps"] - known,
     }
 
 

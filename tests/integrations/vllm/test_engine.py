@@ -83,6 +83,13 @@ def test_sleep_returns_memory_and_waking_needs_none(served):
     assert result["same_after_sleep"]
 
 
+def test_memory_that_went_unannounced_is_computed_again(served):
+    result = served("turnover", "elastic")
+    assert result["discarded"]["held_extents"] == 1
+    assert result["refused_after_discard"] == 1
+    assert result["same_after_discard"]
+
+
 def test_layers_of_two_kinds_share_the_memory(served):
     stock, elastic = served("mixed", "stock"), served("mixed", "elastic")
     assert_same_tokens(stock["tokens"], stock["gaps"], elastic["tokens"])

@@ -72,6 +72,13 @@ class ElasticWorker(PlatformWorker):  # type: ignore[misc]
         if self._kv_memory is not None:
             self._kv_memory.drop()
 
+    def discard(self, tags: tuple[str, ...]) -> None:
+        if "kv_cache" in tags and self._kv_memory is not None:
+            self._kv_memory.drop()
+        others = tuple(tag for tag in tags if tag != "kv_cache")
+        if others:
+            super().discard(others)
+
     def shutdown(self) -> None:
         super().shutdown()
         if self._kv_memory is not None:
