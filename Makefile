@@ -9,7 +9,7 @@ JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo serve test check format asan tsan fakecuda mutations soak bench bench-gpu clean build
+.PHONY: demo serve test test-vllm check format asan tsan fakecuda mutations soak bench bench-gpu clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
@@ -21,6 +21,10 @@ serve: build
 # One torch thread a worker: two workers with two threads each would fight for two cores.
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
+
+# vLLM's CPU build, stock and with our KV memory, in an environment of its own (.venv-vllm, 2.5 GB).
+test-vllm: build
+	PYTHON=$(BIN)/python scripts/test_vllm.sh
 
 check: build
 	$(BIN)/ruff check .
@@ -88,4 +92,4 @@ $(VENV)/.built: $(VENV)/.deps CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) .venv-vllm
