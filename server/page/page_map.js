@@ -49,6 +49,7 @@ export class PageMapView {
     this.axis = 16;
     this.selected = null; // {row, strip, run} by index
     this.isByKeyboard = false;
+    this.isDismissed = false; // by Escape, until the next key
     canvas.addEventListener("pointermove", (event) => this.point(event));
     canvas.addEventListener("pointerleave", () => this.select(null));
     canvas.addEventListener("focus", () => {
@@ -75,7 +76,20 @@ export class PageMapView {
     const longest = Math.max(0, ...this.rows.flatMap((row) => row.strips.map((strip) => strip.at(-1)?.end ?? 0)));
     const wanted = Math.min(niceLength(longest), Math.max(16, ...map.slot_pages));
     if (wanted > this.axis || wanted * 3 <= this.axis) this.axis = wanted;
-    if (!this.run) this.selected = null;
+    if (!this.run) this.select(this.substitute());
+  }
+
+  /** For a keyboard's place whose pages went, or that waits for the first ones: one near it. */
+  substitute() {
+    if (!this.isByKeyboard || this.isDismissed || document.activeElement !== this.canvas) return null;
+    const { places } = this;
+    return places.filter((place) => place.row === this.selected?.row).at(-1) ?? places[0] ?? null;
+  }
+
+  get places() {
+    return this.rows.flatMap((row, rowIdx) =>
+      row.strips.flatMap((strip, stripIdx) => strip.map((_, runIdx) => ({ row: rowIdx, strip: stripIdx, run: runIdx }))),
+    );
   }
 
   /** Once no slot had pages for a while, begin anew. */
@@ -210,7 +224,10 @@ export class PageMapView {
 
   key(event) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    if (event.key === "Escape") return this.select(null);
+    if (event.key === "Escape") {
+      this.isDismissed = true;
+      return this.select(null);
+    }
     if (!moves[event.key] || event.ctrlKey || event.metaKey || event.altKey) return undefined;
     event.preventDefault();
     return this.move(...moves[event.key]);
@@ -218,11 +235,10 @@ export class PageMapView {
 
   /** Go so many rows and runs on; rows without pages are passed over. */
   move(rows, runs) {
-    const places = this.rows.flatMap((row, rowIdx) =>
-      row.strips.flatMap((strip, stripIdx) => strip.map((_, runIdx) => ({ row: rowIdx, strip: stripIdx, run: runIdx }))),
-    );
-    if (!places.length) return;
     this.isByKeyboard = true;
+    this.isDismissed = false;
+    const { places } = this;
+    if (!places.length) return;
     const at = this.selected;
     if (!at) return this.select(places[0]);
     let next = null;
