@@ -131,14 +131,22 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_repeats = 0
         self.start_error: BaseException | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; end at once at the second."""
+        """Drain at the first signal; end at once at the second.
+
+        Where nothing runs any more a second one changes nothing: it often is the first once more,
+        sent to a whole process group. A third one is meant.
+        """
         if self._loop is None or self._state.is_hurried:
             self.should_exit = self.force_exit = True
             return
         if self._state.is_draining:
+            self._num_repeats += 1
+            if self._num_repeats == 1 and self._state.engine.num_live == 0:
+                return
             self._state.is_hurried = self.should_exit = True
             self._on_loop(self._hurry, sig)
             return

@@ -70,6 +70,15 @@ def test_a_second_signal_ends_at_once(
         assert not stream.is_done
 
 
+def test_a_signal_that_comes_twice_is_one_where_nothing_runs(
+    start_server: Callable[..., ServerProcess],
+) -> None:
+    """As from ``timeout`` and a shell, which signal a process and its group."""
+    server = start_server()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end(signal.SIGTERM) == 0
+
+
 def test_a_stream_without_an_end_ends_with_the_server(
     start_server: Callable[..., ServerProcess],
 ) -> None:
