@@ -6,8 +6,8 @@ Owns: nothing.  Thread-safety: frozen values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
 
 PageKind = Literal["live", "shared", "ahead", "parked", "retired"]
 
@@ -106,16 +106,6 @@ class PageMap:
                 for slot in self.slots
             ),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a run is ``(kind, num_pages)``."""
-        return {
-            **{field.name: getattr(self, field.name) for field in fields(self)},
-            "slots": [
-                {field.name: getattr(slot, field.name) for field in fields(slot)}
-                for slot in self.slots
-            ],
-        }
 
 
 def read_runs(runs: Iterable[tuple[str, int]]) -> tuple[PageRun, ...]:
