@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import ConfigError
-from .lengths import draw_lengths
+from ...measuring.lengths import draw_lengths
 
 Method = Literal["greedy", "sample", "beam"]
 
