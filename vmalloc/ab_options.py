@@ -71,7 +71,7 @@ KVCacheMemoryBytes = Annotated[
     typer.Option(
         "--kv-cache-memory-bytes",
         "--kv-cache-memory",
-        help="Hard cap on physical KV memory in every run. Default: for each workload a third of "
+        help="Hard cap on physical KV memory in every run. Default: for each workload half of "
         "what its requests would hold together, so that memory limits its batches; bursty has "
         "room for all.",
         rich_help_panel=_LOAD,

@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: none; one process, one comparison.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -33,8 +34,8 @@ def compare_backends(settings: ABSettings, json_file: Path, html_file: Path) -> 
     summary = summarize(result, started)
     console = Console()
     console.print(ab_report(summary, width=console.width))
-    json_file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    html_file.write_text(render_page(summary), encoding="utf-8")
+    _write(json_file, json.dumps(summary, indent=1) + "\n")
+    _write(html_file, render_page(summary))
     if not has_plots():
         Console(stderr=True).print(NO_PLOTS, style="yellow", markup=False)
     console.print(f"Wrote {json_file} and {html_file}.", style="dim", highlight=False)
@@ -42,8 +43,16 @@ def compare_backends(settings: ABSettings, json_file: Path, html_file: Path) -> 
 
 
 def _check_writable(path: Path) -> None:
+    """Find out now what would otherwise be found out after minutes of work."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError(f"output is {str(path)!r}; it is a folder")
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"output is {str(path)!r}; nothing can be written there")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        with path.open("a", encoding="utf-8"):
-            pass
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output is {str(path)!r}; it cannot be written: {error}") from error

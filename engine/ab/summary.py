@@ -53,6 +53,8 @@ def chance_words(num_runs: int) -> str:
 
 def _settings(settings: ABSettings) -> dict[str, Any]:
     values = asdict(settings)
+    for name in ("kv_backend", "commit_policy", "kv_cache_memory_bytes", "max_model_len"):
+        del values["config"][name]  # each run has its own
     values["traces"] = [path.name for path in settings.traces]
     values["repeats"] = settings.num_repeats
     return values

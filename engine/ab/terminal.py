@@ -25,8 +25,10 @@ from .experiment import Turn
 from .metrics import HEADLINES
 from .summary import chance_words
 
-WIDE = 100
-"""Columns of a screen that shows spreads beside medians."""
+# Columns that the parts of a table take: without ranges beside medians, and with them.
+_WORDS_WIDTH = 36
+_VALUE_WIDTHS = 12, 26
+_RATIO_WIDTHS = 14, 28
 
 _STYLES = {"better": "green", "worse": "red", "tie": "yellow", "unknown": "dim"}
 
@@ -74,15 +76,28 @@ class ABProgress:
 
 def ab_report(summary: dict[str, Any], *, width: int = 80) -> Group:
     """The headline figures of every workload, and what they come to."""
+    first, *others = summary["backends"]
     parts: list[RenderableType] = []
     for workload in summary["workloads"]:
-        parts += [_workload_table(workload, summary, is_wide=width >= WIDE), ""]
+        # A table for all sides where there is room for it, else one for each pair.
+        groups = [others] if _fits(width, len(others)) else [[other] for other in others]
+        for group in groups:
+            is_wide = _fits(width, len(group), is_wide=True)
+            parts += [_workload_table(workload, summary, [first, *group], is_wide=is_wide), ""]
     parts.append(_conclusion(summary))
     return Group(*parts)
 
 
-def _workload_table(workload: dict[str, Any], summary: dict[str, Any], *, is_wide: bool) -> Table:
-    first, *others = summary["backends"]
+def _fits(width: int, num_others: int, *, is_wide: bool = False) -> bool:
+    """Whether a screen of ``width`` columns has room for the first side and so many others."""
+    needed = (1 + num_others) * _VALUE_WIDTHS[is_wide] + num_others * _RATIO_WIDTHS[is_wide]
+    return width >= _WORDS_WIDTH + needed
+
+
+def _workload_table(
+    workload: dict[str, Any], summary: dict[str, Any], arms: list[str], *, is_wide: bool
+) -> Table:
+    others = arms[1:]
     table = Table(
         title=f"{workload['name']}: {workload['summary']}",
         title_justify="left",
@@ -92,7 +107,7 @@ def _workload_table(workload: dict[str, Any], summary: dict[str, Any], *, is_wid
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    for arm in (first, *others):
+    for arm in arms:
         table.add_column(arm, justify="right")
     for other in others:
         # One ratio needs no second name: it is the first over the second.
@@ -104,7 +119,7 @@ def _workload_table(workload: dict[str, Any], summary: dict[str, Any], *, is_wid
             table.add_section()
             group = metric.group
         line = lines[metric.name]
-        cells = [_value(line["values"][arm], is_wide) for arm in (first, *others)]
+        cells = [_value(line["values"][arm], is_wide) for arm in arms]
         ratios = [_ratio(line["ratios"][other], is_wide) for other in others]
         unit = f", {metric.unit}" if metric.unit in ("ms", "us") else ""
         table.add_row(f"{metric.words}{unit}", *cells, *ratios)
