@@ -444,7 +444,15 @@ ELASTIC = [
         f"{VATTENTION_TESTS}::TestDefects::"
         "test_1_no_call_overtakes_the_thread_of_the_step_before[host]",
         "vmalloc/integrations/vattention_cache.py",
-        "self._ahead.result()",
+        "                ahead.result()\n",
+        "                pass\n",
+    ),
+    _mutation(
+        "vattention: common pages stay though not all slots got them",
+        f"{VATTENTION_TESTS}::TestDefects::"
+        "test_7_common_pages_that_cannot_all_be_mapped_are_given_back[host-Fault.ERROR]",
+        "vmalloc/integrations/vattention_cache.py",
+        "self._elastic.decommit(*parts)",
         "pass",
     ),
 ]
