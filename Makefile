@@ -72,6 +72,7 @@ bench: build
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/waste.py
 	$(BIN)/python benchmarks/preemption.py
+	$(BIN)/python benchmarks/hf_cache.py
 
 # For a machine with a GPU and its own Python, torch and compilers: sets up no .venv, takes nothing from
 # the network. GPU_ARGS=--dry-run checks it without a GPU.

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
-from ..errors import ClosedError, ConfigError, VmallocError
+from ..errors import ClosedError, ConfigError, DriverError, VmallocError
 from ..page_map import PageMap
 from .assembly import assemble
 from .compute_stream import StepTimer, current_stream_handle
@@ -271,13 +271,18 @@ class LLMEngine:
         afterwards. Cached prefixes are lost. Requests may be added and aborted meanwhile.
         """
         self._check_awake()
-        if not self._backend.try_sleep():
-            self._scheduler.preempt_all()
+        try:
             if not self._backend.try_sleep():
-                raise VmallocError(
-                    "the KV cache cannot sleep although no sequence is live: a "
-                    f"{self._backend.name} one on {self.config.device} gave no memory back"
-                )
+                self._scheduler.preempt_all()
+                if not self._backend.try_sleep():
+                    raise VmallocError(
+                        "the KV cache cannot sleep although no sequence is live: pinned prefixes "
+                        f"exceed the cap, or a {self._backend.name} one on {self.config.device} "
+                        "gives no memory back"
+                    )
+        except DriverError:
+            self._is_asleep = True  # or not: only ``wake`` can tell
+            raise
         self._is_asleep = True
 
     @_on_stream
