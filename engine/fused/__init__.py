@@ -1,0 +1,13 @@
+"""Native forward passes for module graphs that are known: same logits, less between products.
+
+Owns: nothing.  Thread-safety: see each module.
+"""
+
+from __future__ import annotations
+
+from .choice import choose_fused
+from .forward import FusedForward
+from .native import NativeDecoder
+from .recognise import recognise
+
+__all__ = ["FusedForward", "NativeDecoder", "choose_fused", "recognise"]
