@@ -335,6 +335,7 @@ Decoder::~Decoder() = default;
 
 void Decoder::forward(const DecoderCache& cache, const DecoderBatch& batch, float* logits) {
   check_batch(model_, cache, batch);
+  const AwakeWorkers awake;
   if (batch.varlen.total_q > 0) Pass(model_, *scratch_, cache, batch).run(logits);
 }
 

@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <csignal>
 #include <mutex>
@@ -23,6 +24,8 @@ constexpr std::size_t kMaxThreads = 1024;
 // A few microseconds: long enough for a worker in its last task, short on a machine with no core to
 // spare, where spinning takes the core that the worker needs.
 constexpr int kSpinsBeforeSleep = 200;
+// Between calls that follow each other: longer than what a caller does alone in between.
+constexpr std::chrono::microseconds kAwake{50};
 
 void relax() noexcept {
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,6 +33,19 @@ void relax() noexcept {
 #else
   std::this_thread::yield();
 #endif
+}
+
+// Spin until `happened()`, for as long as workers stay awake; whether it did.
+template <typename Condition>
+bool spin_until(const Condition& happened) noexcept {
+  const auto end = std::chrono::steady_clock::now() + kAwake;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (happened()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
 }
 
 std::size_t usable_cpus() noexcept {
@@ -48,11 +64,15 @@ class Workers {
   void run(std::size_t num_tasks, std::size_t max_participants, TaskFunction function,
            void* context) noexcept;
   void resize(std::size_t count);
+  void stay_awake() noexcept;
+  void may_sleep() noexcept { awake_calls_.fetch_sub(1, std::memory_order_relaxed); }
   std::size_t size() const noexcept { return num_threads_.load(std::memory_order_relaxed); }
 
  private:
   void start_missing() noexcept;
   void work() noexcept;
+  void wait_for_call(std::unique_lock<std::mutex>& lock, std::size_t* seen_wakes) noexcept;
+  bool stays_awake() const noexcept { return awake_calls_.load(std::memory_order_relaxed) > 0; }
   void claim(std::size_t participant) noexcept;
 
   std::mutex call_mutex_;  // one parallel call at a time; taken before mutex_
@@ -62,9 +82,12 @@ class Workers {
   std::mutex mutex_;  // guards the fields below
   std::condition_variable wake_;
   std::condition_variable done_;
-  bool stopping_ = false;
-  std::size_t seats_ = 0;   // workers that may still join the call
-  std::size_t joined_ = 0;  // participants so far, the caller included
+  std::size_t num_asleep_ = 0;  // workers that a call has to wake
+  std::size_t wakes_ = 0;       // how often AwakeWorkers asked for all of them
+  std::size_t joined_ = 0;      // participants so far, the caller included
+  // Written under mutex_; read without it by workers that wait awake.
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::size_t> seats_{0};  // workers that may still join the call
   // The call. Written under mutex_ before seats_ rises, so a worker that took a seat may read it.
   TaskFunction function_ = nullptr;
   void* context_ = nullptr;
@@ -72,6 +95,7 @@ class Workers {
 
   std::atomic<std::size_t> next_task_{0};
   std::atomic<std::size_t> active_{0};  // workers inside the call; written under mutex_
+  std::atomic<int> awake_calls_{0};     // AwakeWorkers that live
 };
 
 void Workers::claim(std::size_t participant) noexcept {
@@ -82,10 +106,30 @@ void Workers::claim(std::size_t participant) noexcept {
   }
 }
 
+// Requires: `lock` is held, on return too. Returns with a seat to take, or to stop.
+void Workers::wait_for_call(std::unique_lock<std::mutex>& lock, std::size_t* seen_wakes) noexcept {
+  const auto is_called = [this] {
+    return seats_.load(std::memory_order_relaxed) > 0 || stopping_.load(std::memory_order_relaxed);
+  };
+  while (!is_called()) {
+    if (stays_awake()) {
+      lock.unlock();
+      spin_until(is_called);
+      lock.lock();
+      if (is_called()) return;
+    }
+    ++num_asleep_;
+    wake_.wait(lock, [&] { return is_called() || wakes_ != *seen_wakes; });
+    --num_asleep_;
+    *seen_wakes = wakes_;
+  }
+}
+
 void Workers::work() noexcept {
   std::unique_lock<std::mutex> lock(mutex_);
+  std::size_t seen_wakes = wakes_;
   for (;;) {
-    wake_.wait(lock, [this] { return stopping_ || seats_ > 0; });
+    wait_for_call(lock, &seen_wakes);
     if (stopping_) return;
     --seats_;
     const std::size_t participant = joined_++;
@@ -130,6 +174,7 @@ void Workers::run(std::size_t num_tasks, std::size_t max_participants, TaskFunct
   }
   start_missing();
   std::size_t helpers = threads_.size();
+  std::size_t to_wake = 0;
   if (helpers > num_tasks - 1) helpers = num_tasks - 1;
   if (helpers > max_participants - 1) helpers = max_participants - 1;
   {
@@ -140,15 +185,29 @@ void Workers::run(std::size_t num_tasks, std::size_t max_participants, TaskFunct
     next_task_.store(0, std::memory_order_relaxed);
     joined_ = 1;
     seats_ = helpers;
+    to_wake = helpers < num_asleep_ ? helpers : num_asleep_;
   }
-  for (std::size_t i = 0; i < helpers; ++i) wake_.notify_one();
+  for (std::size_t i = 0; i < to_wake; ++i) wake_.notify_one();
   claim(0);
-  for (int i = 0; i < kSpinsBeforeSleep && active_.load(std::memory_order_acquire) > 0; ++i) {
-    relax();
+  const auto is_done = [this] { return active_.load(std::memory_order_acquire) == 0; };
+  if (stays_awake()) {
+    spin_until(is_done);
+  } else {
+    for (int i = 0; i < kSpinsBeforeSleep && !is_done(); ++i) relax();
   }
   std::unique_lock<std::mutex> lock(mutex_);
   seats_ = 0;  // a worker that has not woken by now is not waited for
-  done_.wait(lock, [this] { return active_.load(std::memory_order_acquire) == 0; });
+  done_.wait(lock, is_done);
+}
+
+void Workers::stay_awake() noexcept {
+  awake_calls_.fetch_add(1, std::memory_order_relaxed);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++wakes_;
+    if (num_asleep_ == 0) return;
+  }
+  wake_.notify_all();
 }
 
 void Workers::resize(std::size_t count) {
@@ -180,6 +239,12 @@ void parallel_for(std::size_t num_tasks, std::size_t max_participants, TaskFunct
                   void* context) noexcept {
   current_workers().load()->run(num_tasks, max_participants, function, context);
 }
+
+AwakeWorkers::AwakeWorkers() noexcept : workers_(current_workers().load()) {
+  static_cast<Workers*>(workers_)->stay_awake();
+}
+
+AwakeWorkers::~AwakeWorkers() { static_cast<Workers*>(workers_)->may_sleep(); }
 
 std::size_t num_threads() noexcept { return current_workers().load()->size(); }
 
