@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from .. import _core
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
 from ..page_map import PageMap
@@ -141,6 +142,14 @@ class LLMEngine:
         """The attention kernel that works on the KV cache, e.g. ``"cpu_contiguous_avx2"``."""
         with self._stream.use():
             return self._kernels.kernel_name(self._backend.batch_view((), ()))
+
+    @property
+    def forward_name(self) -> str:
+        """Who computes forward passes: ``"model"`` itself, or native code, ``"fused_avx2"``.
+
+        The last word is the instruction set, as in ``kernel_name``.
+        """
+        return "model" if self.fused_refusal is not None else f"fused_{_core.attention_isa()}"
 
     @property
     def decode_graphs(self) -> DecodeGraphs | None:
