@@ -12,6 +12,7 @@
 
 #include "bindings_attention.h"
 #include "bindings_decoder.h"
+#include "bindings_linear.h"
 #include "cuda_driver.h"
 #include "dlpack.h"
 #include "driver.h"
@@ -594,6 +595,7 @@ PYBIND11_MODULE(_core, m) {
   bind_elastic_memory(m);
   bind_attention(m);
   bind_decoder(m);
+  bind_linear(m);
 }
 
 }  // namespace vmalloc

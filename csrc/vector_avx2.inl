@@ -97,5 +97,29 @@ inline Vec second_bf16(Vec word) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(word), high));
 }
 
+// The first `count` values, 1 to kLanes of them, and zeros.
+inline __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec vload_first(const float* p, int count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+inline void vstore_first(float* p, Vec x, int count) {
+  if (count == kLanes) return vstore(p, x);  // masked stores are slow on some processors
+  _mm256_maskstore_ps(p, first_lanes(count), x);
+}
+
+// out[0..3] += the sums of all lanes of a, b, c and d.
+inline void vadd_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec ab = vadd(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const Vec cd = vadd(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256d ab2 = _mm256_castps_pd(ab);
+  const __m256d cd2 = _mm256_castps_pd(cd);
+  const Vec abcd = vadd(_mm256_castpd_ps(_mm256_unpacklo_pd(ab2, cd2)),
+                        _mm256_castpd_ps(_mm256_unpackhi_pd(ab2, cd2)));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+
 }  // namespace
 }  // namespace vmalloc

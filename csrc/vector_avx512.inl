@@ -112,5 +112,27 @@ inline Vec second_bf16(Vec word) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(word), high));
 }
 
+// The first `count` values, 1 to kLanes of them, and zeros.
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1U << count) - 1U); }
+inline Vec vload_first(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+inline void vstore_first(float* p, Vec x, int count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), x);
+}
+
+// out[0..3] += the sums of all lanes of a, b, c and d.
+inline void vadd_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec ab = vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = vadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d ab2 = _mm512_castps_pd(ab);
+  const __m512d cd2 = _mm512_castps_pd(cd);
+  const Vec abcd = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+  const __m256 half = _mm256_add_ps(lower(abcd), upper(abcd));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+
 }  // namespace
 }  // namespace vmalloc

@@ -95,5 +95,22 @@ inline void transpose_words(const void* const* rows, std::int64_t offset, Vec* w
 inline Vec first_bf16(Vec word) { return from_bits(bits_of(word) << 16); }
 inline Vec second_bf16(Vec word) { return from_bits(bits_of(word) & ~0xffff); }
 
+// The first `count` values, 1 to kLanes of them, and zeros.
+inline Vec vload_first(const float* p, int count) {
+  if (count == kLanes) return vload(p);
+  Vec x = vset(0.0F);
+  for (int i = 0; i < count; ++i) x[i] = p[i];
+  return x;
+}
+inline void vstore_first(float* p, Vec x, int count) {
+  if (count == kLanes) return vstore(p, x);
+  for (int i = 0; i < count; ++i) p[i] = x[i];
+}
+
+// out[0..3] += the sums of all lanes of a, b, c and d.
+inline void vadd_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  vstore(out, vload(out) + Vec{vreduce_add(a), vreduce_add(b), vreduce_add(c), vreduce_add(d)});
+}
+
 }  // namespace
 }  // namespace vmalloc

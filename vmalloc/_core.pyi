@@ -380,3 +380,11 @@ class Decoder:
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
+# ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
+
+_Rows = tuple[int, int]
+_Weight = tuple[int, int, int, int, int]  # address, row stride, bias or 0, out and in features
+
+def linear(
+    calls: Sequence[tuple[_Rows, _Weight, _Weight | None, _Rows, int, float]], num_rows: int
+) -> None: ...
