@@ -14,6 +14,7 @@ import torch
 
 from ..backend import KVBackend
 from ..errors import ConfigError
+from ..kernels.decoder_cpu import CpuDecoder
 from ..kernels.select import AttentionKernels
 from .cache_factory import CacheFactory
 from .cache_setup import create_cache, resolve_config, resolve_max_model_len
@@ -29,7 +30,7 @@ from .decode_graphs import (
 )
 from .device_memory import GRAPH_BYTES, kv_capacity, measure_use, run_largest_step
 from .devices import check_dtype, module_device
-from .fused import FusedForward, NativeDecoder, choose_fused
+from .fused import FusedForward, choose_fused
 from .invariance import check_batch_invariance
 from .model_lease import ModelLease
 from .model_runner import ModelRunner
@@ -124,7 +125,7 @@ def assemble(
         raise
 
 
-def _forward_maker(model: torch.nn.Module, decoder: NativeDecoder | str) -> MakeForward:
+def _forward_maker(model: torch.nn.Module, decoder: CpuDecoder | str) -> MakeForward:
     if isinstance(decoder, str):
         return partial(PackedForward, model)
     return lambda backend, kernels: FusedForward(decoder, backend)

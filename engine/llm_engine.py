@@ -14,7 +14,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from .. import _core
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
 from ..errors import ClosedError, ConfigError, VmallocError
 from ..page_map import PageMap
@@ -149,7 +148,7 @@ class LLMEngine:
 
         The last word is the instruction set, as in ``kernel_name``.
         """
-        return "model" if self.fused_refusal is not None else f"fused_{_core.attention_isa()}"
+        return self._runner.forward_name
 
     @property
     def decode_graphs(self) -> DecodeGraphs | None:

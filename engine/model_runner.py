@@ -55,6 +55,11 @@ class ModelRunner:
             # One knob for the CPU: torch's, which OMP_NUM_THREADS and torch.set_num_threads turn.
             use_num_threads(torch.get_num_threads())
 
+    @property
+    def forward_name(self) -> str:
+        """Who computes what is not recorded, see ``ForwardPass``."""
+        return self._forward.name
+
     def forward(
         self,
         seqs: SequenceABC[Sequence],

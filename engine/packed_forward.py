@@ -24,7 +24,13 @@ def has_logits_to_keep(model: torch.nn.Module) -> bool:
 
 
 class ForwardPass(Protocol):
-    """Token ids of packed rows in, logits out, K and V written to the cache."""
+    """Token ids of packed rows in, logits out, K and V written to the cache.
+
+    Attributes:
+        name: who computes it: ``"model"``, ``"fused_avx2"``.
+    """
+
+    name: str
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, rows: Tensor, view: KVBatchView
@@ -50,6 +56,8 @@ class PackedForward:
         kernels: what writes and reads them.
         wrap: makes what is called in the model's place, e.g. a compiled model.
     """
+
+    name = "model"
 
     def __init__(
         self,

@@ -380,6 +380,7 @@ class Decoder:
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
+
 # ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
 
 _Rows = tuple[int, int]

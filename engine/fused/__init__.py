@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from .choice import choose_fused
 from .forward import FusedForward
-from .native import NativeDecoder
 from .recognise import recognise
 
-__all__ = ["FusedForward", "NativeDecoder", "choose_fused", "recognise"]
+__all__ = ["FusedForward", "choose_fused", "recognise"]

@@ -11,14 +11,14 @@ import torch
 
 from ...backend import KVBackend
 from ...errors import ConfigError
+from ...kernels.decoder_cpu import CpuDecoder
+from ...kernels.decoder_spec import DecoderSpec
 from ...kernels.select import AttentionKernels
 from ..cache_factory import CacheFactory
 from ..config import EngineConfig
 from ..probe import ProbedModel, probe_logits, relative_difference
 from .forward import FusedForward
-from .native import NativeDecoder
 from .recognise import recognise
-from .spec import DecoderSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def choose_fused(
     caches: CacheFactory,
     config: EngineConfig,
     max_model_len: int,
-) -> NativeDecoder | str:
+) -> CpuDecoder | str:
     """A decoder that gives a model's logits, or why the model's own forward pass is used.
 
     Warns where it recognised the model and gives other logits all the same. Raises ``ConfigError``
@@ -50,7 +50,7 @@ def _choose(
     caches: CacheFactory,
     config: EngineConfig,
     max_model_len: int,
-) -> NativeDecoder | str:
+) -> CpuDecoder | str:
     if config.fused == "off":
         return "fused is 'off'"
     if config.compile:
@@ -68,11 +68,11 @@ def _choose(
 
 def check_against(
     spec: DecoderSpec, model: torch.nn.Module, probed: ProbedModel, caches: CacheFactory
-) -> NativeDecoder | str:
+) -> CpuDecoder | str:
     """The decoder of ``spec`` if its logits on the probe's batch are the model's, else the reason
     against it."""
     try:
-        decoder = NativeDecoder(spec)
+        decoder = CpuDecoder(spec)
     except ConfigError as error:
         return str(error)
 

@@ -4,7 +4,7 @@ Owns: nothing.  Thread-safety: immutable.
 
 A class alone proves little: what a model of it computes is read from its modules and settings
 (``recognise``), and its logits are compared before it is used (``trial``). The classes are what
-those cannot show, e.g. a factor that only far positions get. So a family is listed once someone
+the two cannot show, e.g. a factor that only far positions get. So a family is listed once someone
 has read its code, and a subclass, which may do anything, is not.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backend import KVBackend, KVBatchView
 from ...errors import ClosedError
-from .native import NativeDecoder, cache_of
+from ...kernels.decoder_cpu import CpuDecoder, decoder_cache
 
 
 class FusedForward:
@@ -21,47 +21,37 @@ class FusedForward:
     Args:
         decoder: what computes.
         backend: where K and V live.
+
+    Attributes:
+        name: the decoder's.
     """
 
-    takes_padding = False
-
-    def __init__(self, decoder: NativeDecoder, backend: KVBackend) -> None:
+    def __init__(self, decoder: CpuDecoder, backend: KVBackend) -> None:
+        self.name = decoder.name
         self._decoder = decoder
-        self._cache = cache_of(backend)
-        self._is_closed = False
+        num_layers = len(backend.config.layers)
+        self._views = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
+        self._cache = decoder_cache(self._views)
         # Kept from step to step: fresh memory for a large vocabulary costs a page fault per 4 KiB.
         self._logits = torch.empty(backend.config.max_num_seqs, decoder.num_logits)
 
     def close(self) -> None:
-        """Compute nothing any more."""
-        self._is_closed = True
+        """Let go of the cache's tensors, which keep its addresses reserved."""
+        self._views.clear()
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, rows: Tensor, view: KVBatchView
     ) -> Tensor:
         """See ``PackedForward``; there is no padding, and ``rows`` ascend.
 
-        The logits are good until the next call.
+        The logits are good until the next call. Raises ``ClosedError`` after ``close``.
         """
-        if self._is_closed:
+        if not self._views:  # their addresses may be gone
             raise ClosedError("the forward pass is closed")
         num_rows = rows.shape[0]
         logits = self._logits
-        if num_rows > len(logits):  # of whole prompts: rare, and not kept
+        if num_rows > logits.shape[0]:  # of whole prompts: rare, and not kept
             logits = torch.empty(num_rows, logits.shape[1])
-        table = view.block_table
-        self._decoder.core.forward(
-            self._cache,
-            token_ids.data_ptr(),
-            positions.data_ptr(),
-            token_ids.shape[0],
-            rows.data_ptr(),
-            num_rows,
-            view.cu_seqlens_q.data_ptr(),
-            view.seqused_k.data_ptr(),
-            view.cache_batch_idx.data_ptr(),
-            None if table is None else (table.data_ptr(), table.stride(0), table.shape[1]),
-            view.seqused_k.shape[0],
-            logits.data_ptr(),
-        )
-        return logits[:num_rows]
+        logits = logits[:num_rows]
+        self._decoder.forward(self._cache, token_ids, positions, rows, view, logits)
+        return logits

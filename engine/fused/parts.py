@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.decoder_spec import Activation, Norm, Projection
 from .errors import NotRecognisedError
 from .families import Family
-from .spec import Activation, Norm, Projection
 
 
 def check_untouched(module: nn.Module, name: str) -> None:

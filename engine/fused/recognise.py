@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from ...kernels.decoder_spec import Activation, DecoderSpec, LayerSpec, Norm, Projection
 from ..kv_attention import LayerAttention
 from .errors import NotRecognisedError
 from .families import Family, family_of
@@ -26,7 +27,6 @@ from .parts import (
     take_tensor,
 )
 from .rotary import RopeTables
-from .spec import Activation, DecoderSpec, LayerSpec, Norm, Projection
 
 _MODEL: Final = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 _PARTS: Final = frozenset({"self_attn", "mlp"})
