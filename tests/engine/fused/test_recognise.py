@@ -163,7 +163,7 @@ def test_settings_decide() -> None:
         assert llm.engine.fused_refusal == "fused is 'off'"
     with pytest.raises(ConfigError, match="fused is 'maybe'; supported: auto, on, off"):
         LLM(model, fused="maybe")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="fused is 'on'; .* cannot be fused: compile is True"):
+    with pytest.raises(ConfigError, match=r"fused is 'on'; .* cannot be fused: compile is True"):
         LLM(model, fused="on", compile=True)
 
 
