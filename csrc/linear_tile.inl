@@ -21,12 +21,15 @@ template <int R, int C>
 inline void add_products(TileRows x, TileRows weight, Vec (&sums)[R][kTileColumns]) {
   Vec in[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) in[r] = vload(x.data + r * x.stride);
+  for (int r = 0; r < R; ++r) {
+    in[r] = vload(x.data + r * x.stride);
+    vkeep(in[r]);
+  }
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
     const Vec w = vload(weight.data + c * weight.stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r][c] = vfma(in[r], w, sums[r][c]);
+    for (int r = 0; r < R; ++r) vfma_into(sums[r][c], in[r], w);
   }
 }
 template <int R, int C>
@@ -39,7 +42,7 @@ inline void add_last_products(TileRows x, TileRows weight, int count,
   for (int c = 0; c < C; ++c) {
     const Vec w = vload_first(weight.data + c * weight.stride, count);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r][c] = vfma(in[r], w, sums[r][c]);
+    for (int r = 0; r < R; ++r) vfma_into(sums[r][c], in[r], w);
   }
 }
 

@@ -26,6 +26,12 @@ inline Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec vdiv(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// Keep a loaded value in its register: the compiler may load it again for every use.
+inline void vkeep(Vec& x) { asm("" : "+x"(x)); }
+// sum += a * b, in sum's own register: left to choose, GCC copies sums around.
+inline void vfma_into(Vec& sum, Vec a, Vec b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
 inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec vselect_less(Vec a, Vec b, Vec yes, Vec no) {

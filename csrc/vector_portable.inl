@@ -49,6 +49,8 @@ inline Vec vfma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
+inline void vkeep(Vec&) {}
+inline void vfma_into(Vec& sum, Vec a, Vec b) { sum = vfma(a, b, sum); }
 inline Vec vselect_less(Vec a, Vec b, Vec yes, Vec no) {
   const IntVec mask = a < b;
   return from_bits((bits_of(yes) & mask) | (bits_of(no) & ~mask));
