@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings_attention.h"
+#include "bindings_decoder.h"
 #include "bindings_linear.h"
 #include "cuda_driver.h"
 #include "dlpack.h"
@@ -595,6 +596,7 @@ PYBIND11_MODULE(_core, m) {
   bind_arena(m);
   bind_elastic_memory(m);
   bind_attention(m);
+  bind_decoder(m);
   bind_linear(m);
 }
 

@@ -26,12 +26,13 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr std::size_t kMaxThreads = 1024;
-// A decoder's layers make a call every few microseconds, and waking a thread that sleeps takes
-// longer than many of them. So a worker spins first, for this long at most, and so does a caller
-// whose workers are in their last tasks.
+// While AwakeWorkers live, a worker spins for this long at most before it sleeps: longer than what
+// a caller does alone between two calls.
 constexpr microseconds kWorkerSpin{50};
-constexpr microseconds kCallerSpin{10};
-constexpr microseconds kShortestSpin{2};
+// A caller whose workers are in their last tasks spins too: as long as those take when calls are
+// short, else less than it takes to wake somebody.
+constexpr microseconds kAwakeCallerSpin{10};
+constexpr microseconds kCallerSpin{2};
 // Looks at the clock are about a microsecond apart. Between two that are this far apart somebody
 // else had the core: they need it more, so the thread does not spin for a while.
 constexpr microseconds kCoreWasTaken{200};
@@ -53,45 +54,32 @@ std::size_t usable_cpus() noexcept {
   return count > 0 ? static_cast<std::size_t>(count) : 1;
 }
 
-// How long one thread spins before it sleeps: half as long after it was in vain, twice as long
-// after it paid or would have. Not at all on the core where the one it waits for ran last: that one
-// is waiting for the core.
-class Patience {
+// Spins where that takes the core from nobody: not after the core was taken away, and not on the
+// core where the thread it waits for ran last, because that one is waiting for the core.
+class Spinner {
  public:
-  explicit Patience(microseconds longest) : longest_(longest), limit_(longest) {}
-
-  // Wait for `ready`, which the thread last seen on `other_cpu` brings about; false where that
-  // takes longer than spinning is worth.
+  // Wait for `ready`, which the thread last seen on `other_cpu` brings about; false where it takes
+  // longer than `longest`.
   template <typename Ready>
-  bool spin_until(const Ready& ready, const std::atomic<int>& other_cpu) noexcept {
+  bool spin_until(const Ready& ready, microseconds longest,
+                  const std::atomic<int>& other_cpu) noexcept {
     if (ready()) return true;
     const Clock::time_point start = Clock::now();
     Clock::time_point last = start;
-    while (last >= no_spinning_before_ && last - start <= limit_ &&
+    while (last >= no_spinning_before_ && last - start <= longest &&
            sched_getcpu() != other_cpu.load(std::memory_order_relaxed)) {
       for (int i = 0; i < kRelaxesPerLook; ++i) {
         relax();
-        if (ready()) {
-          limit_ = std::min(limit_ * 2, longest_);
-          return true;
-        }
+        if (ready()) return true;
       }
       const Clock::time_point now = Clock::now();
       if (now - last > kCoreWasTaken) no_spinning_before_ = now + kWithoutSpinning;
       last = now;
     }
-    limit_ = std::max(limit_ / 2, kShortestSpin);
     return false;
   }
 
-  // What was waited for since `start` has come after all.
-  void slept_since(Clock::time_point start) noexcept {
-    if (Clock::now() - start < longest_) limit_ = std::min(limit_ * 4, longest_);
-  }
-
  private:
-  microseconds longest_;
-  microseconds limit_;
   Clock::time_point no_spinning_before_{};
 };
 
@@ -104,6 +92,8 @@ class Workers {
   void run(std::size_t num_tasks, std::size_t max_participants, TaskFunction function,
            void* context) noexcept;
   void resize(std::size_t count);
+  void stay_awake() noexcept;
+  void may_sleep() noexcept { awake_calls_.fetch_sub(1, std::memory_order_relaxed); }
   std::size_t size() const noexcept { return num_threads_.load(std::memory_order_relaxed); }
 
  private:
@@ -114,20 +104,24 @@ class Workers {
 
   void start_missing() noexcept;
   void work() noexcept;
-  bool wait_for_seat(Patience* patience) noexcept;
+  bool wait_for_seat(Spinner* spinner) noexcept;
   void take_seat() noexcept;
   void claim(std::size_t participant) noexcept;
   void wake(std::size_t helpers) noexcept;
   void pass_sleepers() noexcept;
   void wait_for_workers() noexcept;
+  bool stays_awake() const noexcept {
+    return awake_calls_.load(std::memory_order_relaxed) > 0 &&
+           may_spin_.load(std::memory_order_relaxed);
+  }
   bool has_seats() const noexcept { return (state_.load() & kSeats) > 0; }
   bool is_idle() const noexcept { return state_.load() < kOneActive; }
 
   std::mutex call_mutex_;  // one parallel call at a time; taken before mutex_
   std::vector<std::thread> threads_;
   std::atomic<std::size_t> num_threads_;
-  std::atomic<bool> may_spin_;             // each thread may have a core of its own
-  Patience caller_patience_{kCallerSpin};  // guarded by call_mutex_
+  std::atomic<bool> may_spin_;  // each thread may have a core of its own
+  Spinner caller_spinner_;      // guarded by call_mutex_
 
   // Whoever is about to sleep says so before it looks at state_ for the last time, and whoever
   // changes state_ looks for sleepers afterwards, all in one total order (seq_cst): one of the two
@@ -135,10 +129,12 @@ class Workers {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
+  std::size_t wakes_ = 0;  // how often AwakeWorkers asked for all workers; guarded by mutex_
   std::atomic<bool> stopping_{false};
   std::atomic<std::size_t> num_asleep_{0};
   std::atomic<bool> caller_asleep_{false};
 
+  std::atomic<int> awake_calls_{0};  // AwakeWorkers that live
   std::atomic<int> caller_cpu_{-1};  // where the caller began its call
   std::atomic<int> worker_cpu_{-1};  // where a worker joined it last
 
@@ -175,22 +171,22 @@ void Workers::take_seat() noexcept {
 }
 
 // False: the workers stop.
-bool Workers::wait_for_seat(Patience* patience) noexcept {
+bool Workers::wait_for_seat(Spinner* spinner) noexcept {
   const auto ready = [this] { return has_seats() || stopping_.load(); };
-  if (!may_spin_.load(std::memory_order_relaxed) || !patience->spin_until(ready, caller_cpu_)) {
-    const Clock::time_point start = Clock::now();
+  while (!ready()) {
+    if (stays_awake() && spinner->spin_until(ready, kWorkerSpin, caller_cpu_)) break;
     std::unique_lock<std::mutex> lock(mutex_);
+    const std::size_t seen = wakes_;
     num_asleep_.fetch_add(1);
-    wake_.wait(lock, ready);
+    wake_.wait(lock, [&] { return ready() || wakes_ != seen; });
     num_asleep_.fetch_sub(1);
-    patience->slept_since(start);
   }
   return !stopping_.load();
 }
 
 void Workers::work() noexcept {
-  Patience patience(kWorkerSpin);
-  while (wait_for_seat(&patience)) take_seat();
+  Spinner spinner;
+  while (wait_for_seat(&spinner)) take_seat();
 }
 
 // Workers take no signals: those belong to the threads of the program (Python's main thread).
@@ -223,16 +219,21 @@ void Workers::wake(std::size_t helpers) noexcept {
 
 void Workers::wait_for_workers() noexcept {
   const auto ready = [this] { return is_idle(); };
-  if (may_spin_.load(std::memory_order_relaxed) &&
-      caller_patience_.spin_until(ready, worker_cpu_)) {
-    return;
-  }
-  const Clock::time_point start = Clock::now();
+  const microseconds longest = stays_awake() ? kAwakeCallerSpin : kCallerSpin;
+  if (caller_spinner_.spin_until(ready, longest, worker_cpu_)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_asleep_.store(true);
   done_.wait(lock, ready);
   caller_asleep_.store(false);
-  caller_patience_.slept_since(start);
+}
+
+void Workers::stay_awake() noexcept {
+  awake_calls_.fetch_add(1, std::memory_order_relaxed);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++wakes_;
+  }
+  wake_.notify_all();
 }
 
 void run_alone(std::size_t num_tasks, TaskFunction function, void* context) noexcept {
@@ -298,6 +299,12 @@ void parallel_for(std::size_t num_tasks, std::size_t max_participants, TaskFunct
                   void* context) noexcept {
   current_workers().load()->run(num_tasks, max_participants, function, context);
 }
+
+AwakeWorkers::AwakeWorkers() noexcept : workers_(current_workers().load()) {
+  static_cast<Workers*>(workers_)->stay_awake();
+}
+
+AwakeWorkers::~AwakeWorkers() { static_cast<Workers*>(workers_)->may_sleep(); }
 
 std::size_t num_threads() noexcept { return current_workers().load()->size(); }
 

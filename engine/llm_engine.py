@@ -62,6 +62,10 @@ class LLMEngine:
         recorder: what decodes are recorded with, for tests; None: CUDA graphs on a GPU.
         phases: times what is done before the first step.
 
+    Attributes:
+        config: its settings, every None filled in.
+        fused_refusal: why the model's own forward pass computes; None where native code does.
+
     Raises ``UnsupportedModelError`` if the model fails the load probe, ``ConfigError`` for a
     setting that cannot work and for a model that another engine has.
     """
@@ -86,6 +90,7 @@ class LLMEngine:
         self._stream, self._lease = parts.stream, parts.lease
         self._backend, self._kernels = parts.backend, parts.kernels
         self._runner = parts.runner
+        self.fused_refusal = parts.fused_refusal
         self._timer = StepTimer(parts.stream.device)
         self._model = model
         self._tokenizer = tokenizer
@@ -136,6 +141,14 @@ class LLMEngine:
         """The attention kernel that works on the KV cache, e.g. ``"cpu_contiguous_avx2"``."""
         with self._stream.use():
             return self._kernels.kernel_name(self._backend.batch_view((), ()))
+
+    @property
+    def forward_name(self) -> str:
+        """Who computes forward passes: ``"model"`` itself, or native code, ``"fused_avx2"``.
+
+        The last word is the instruction set, as in ``kernel_name``.
+        """
+        return self._runner.forward_name
 
     @property
     def decode_graphs(self) -> DecodeGraphs | None:

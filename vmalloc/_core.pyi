@@ -307,6 +307,81 @@ def attention_isa() -> str: ...
 def set_num_threads(count: int) -> None: ...
 def num_threads() -> int: ...
 
+# ---- The fused decoder (csrc/bindings_decoder.cpp). A weight is (address, elements from one row to
+# the next, address of the bias or 0, out_features, in_features); a norm (address, eps, offset);
+# rows of a cache (address, strides of slot, row and head in elements).
+
+_Weight = tuple[int, int, int, int, int]
+_Norm = tuple[int, float, float] | None
+_Rows = tuple[int, int, int, int]
+
+class DecoderLayer:
+    def __init__(
+        self,
+        *,
+        query: _Weight,
+        key: _Weight,
+        value: _Weight,
+        output: _Weight,
+        gate: _Weight,
+        up: _Weight,
+        down: _Weight,
+        before_attention: _Norm,
+        after_attention: _Norm,
+        before_mlp: _Norm,
+        after_mlp: _Norm,
+        query_norm: _Norm,
+        key_norm: _Norm,
+        softmax_scale: float,
+        softcap: float,
+        window_left: int,
+        rope_idx: int,
+    ) -> None: ...
+
+class DecoderCache:
+    def __init__(
+        self, *, layers: Sequence[tuple[_Rows, _Rows]], num_slots: int, num_rows: int
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        *,
+        layers: Sequence[DecoderLayer],
+        ropes: Sequence[tuple[int, int, int]],
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        embedding: int,
+        vocab_size: int,
+        head: _Weight,
+        final_norm: _Norm,
+        activation: str,
+        norms_whole_rows: bool,
+        embedding_multiplier: float,
+        residual_multiplier: float,
+        logit_multiplier: float,
+        logit_softcap: float,
+    ) -> None: ...
+    def forward(
+        self,
+        cache: DecoderCache,
+        token_ids: int,
+        positions: int,
+        num_tokens: int,
+        rows: int,
+        num_rows: int,
+        cu_seqlens_q: int,
+        seqused_k: int,
+        cache_batch_idx: int,
+        block_table: tuple[int, int, int] | None,
+        num_seqs: int,
+        logits: int,
+    ) -> None: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+
 # ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
 
 _Rows = tuple[int, int]

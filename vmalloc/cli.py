@@ -56,6 +56,7 @@ def generate(
     device: options.Device = "auto",
     enforce_eager: options.EnforceEager = False,
     compile: options.Compile = False,
+    fused: options.FusedOption = options.Fused.AUTO,
     as_json: options.AsJson = False,
     n: options.NumCompletions = 1,
     best_of: options.BestOf = None,
@@ -139,6 +140,7 @@ def serve(
     device: options.Device = "auto",
     enforce_eager: options.EnforceEager = False,
     compile: options.Compile = False,
+    fused: options.FusedOption = options.Fused.AUTO,
     config: serving.Config = None,
     dry_run: serving.DryRun = False,
     as_json: serving.AsJson = False,
@@ -394,6 +396,7 @@ def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> No
             "outputs": [entry for output in outputs for entry in _output_dicts(output)],
             "memory": memory_summary(stats, max_length_bytes),
             "kernel": llm.engine.kernel_name,
+            "forward": llm.engine.forward_name,
             "scheduler": asdict(scheduler),
             "prefix_cache": {**asdict(prefixes), "misses": dict(prefixes.misses)},
         }

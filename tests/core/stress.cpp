@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -506,7 +507,12 @@ void run_thread_pool_round(unsigned seed) {
   // Two callers at once: one gets the workers, the other runs alone.
   const auto caller = [](unsigned caller_seed) {
     Random local(caller_seed);
+    std::optional<vmalloc::AwakeWorkers> awake;
     for (int i = 0; i < 20; ++i) {
+      if (pick(local, 4) == 0) {
+        awake.reset();
+        if (pick(local, 2) == 0) awake.emplace();
+      }
       std::vector<std::atomic<int>> done(pick(local, 50));
       auto body = [&](std::size_t task, std::size_t) { ++done[task]; };
       vmalloc::parallel_for(done.size(), 1 + pick(local, 5), body);
