@@ -384,9 +384,8 @@ class Decoder:
 
 # ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
 
-_Rows = tuple[int, int]
-_Weight = tuple[int, int, int, int, int]  # address, row stride, bias or 0, out and in features
+_Strided = tuple[int, int]
 
 def linear(
-    calls: Sequence[tuple[_Rows, _Weight, _Weight | None, _Rows, int, float]], num_rows: int
+    calls: Sequence[tuple[_Strided, _Weight, _Weight | None, _Strided, int, float]], num_rows: int
 ) -> None: ...
