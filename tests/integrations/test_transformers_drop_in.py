@@ -19,7 +19,12 @@ from tests.integrations.hf_models import (
     padded,
 )
 from vmalloc import ConfigError
-from vmalloc.integrations.transformers import CacheFullError, VirtualCache, use_virtual_cache
+from vmalloc.integrations.transformers import (
+    CacheFullError,
+    VirtualCache,
+    register,
+    use_virtual_cache,
+)
 from vmalloc.integrations.transformers.layer import VirtualLayer
 
 PAGE = 4096
@@ -257,6 +262,28 @@ class TestStartingOver:
             assert rest.sequences[:, 20:].tolist() == expected
 
 
+def test_a_compiled_model() -> None:
+    """What is ours is left out of the graphs as a whole, not traced into."""
+    config = small_config(1, hidden_size=32, intermediate_size=32, vocab_size=99)
+    made, ids = hf.LlamaForCausalLM(config).eval(), one()["input_ids"]
+    register(num_threads=1)
+    made.set_attn_implementation("vmalloc")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with torch.no_grad(), VirtualCache(made, page_bytes=PAGE) as cache:
+        expected = made(ids).logits[:, -1]
+        compiled = torch.compile(made, backend="eager")
+        compiled(ids[:, :-1], past_key_values=cache)
+        out = compiled(ids[:, -1:], past_key_values=cache)
+    torch.testing.assert_close(out.logits[:, -1], expected, atol=1e-4, rtol=0)
+    assert counters["stats"]["unique_graphs"] > 0
+    breaks = " ".join(counters["graph_break"])
+    assert "VirtualCache.update" in breaks
+    assert "_core" not in breaks
+    torch._dynamo.reset()
+
+
 class Elsewhere(torch.Tensor):
     """Says that it is on another device: a CPU has one only."""
 
@@ -331,6 +358,7 @@ def mllama() -> tuple[Any, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_model_whose_layers_hold_an_image(num_beams: int) -> None:
     made, inputs = mllama()

@@ -53,6 +53,7 @@ def register(num_threads: int | None = None) -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels are nothing to trace
 def vmalloc_attention(
     module: torch.nn.Module,
     query: Tensor,
