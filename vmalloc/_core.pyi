@@ -311,27 +311,27 @@ def num_threads() -> int: ...
 # the next, address of the bias or 0, out_features, in_features); a norm (address, eps, offset);
 # rows of a cache (address, strides of slot, row and head in elements).
 
-_Weight = tuple[int, int, int, int, int]
-_Norm = tuple[int, float, float] | None
-_Rows = tuple[int, int, int, int]
+_DecoderWeight = tuple[int, int, int, int, int]
+_DecoderNorm = tuple[int, float, float] | None
+_DecoderRows = tuple[int, int, int, int]
 
 class DecoderLayer:
     def __init__(
         self,
         *,
-        query: _Weight,
-        key: _Weight,
-        value: _Weight,
-        output: _Weight,
-        gate: _Weight,
-        up: _Weight,
-        down: _Weight,
-        before_attention: _Norm,
-        after_attention: _Norm,
-        before_mlp: _Norm,
-        after_mlp: _Norm,
-        query_norm: _Norm,
-        key_norm: _Norm,
+        query: _DecoderWeight,
+        key: _DecoderWeight,
+        value: _DecoderWeight,
+        output: _DecoderWeight,
+        gate: _DecoderWeight,
+        up: _DecoderWeight,
+        down: _DecoderWeight,
+        before_attention: _DecoderNorm,
+        after_attention: _DecoderNorm,
+        before_mlp: _DecoderNorm,
+        after_mlp: _DecoderNorm,
+        query_norm: _DecoderNorm,
+        key_norm: _DecoderNorm,
         softmax_scale: float,
         softcap: float,
         window_left: int,
@@ -340,7 +340,7 @@ class DecoderLayer:
 
 class DecoderCache:
     def __init__(
-        self, *, layers: Sequence[tuple[_Rows, _Rows]], num_slots: int, num_rows: int
+        self, *, layers: Sequence[tuple[_DecoderRows, _DecoderRows]], num_slots: int, num_rows: int
     ) -> None: ...
 
 class Decoder:
@@ -355,8 +355,8 @@ class Decoder:
         head_dim: int,
         embedding: int,
         vocab_size: int,
-        head: _Weight,
-        final_norm: _Norm,
+        head: _DecoderWeight,
+        final_norm: _DecoderNorm,
         activation: str,
         norms_whole_rows: bool,
         embedding_multiplier: float,

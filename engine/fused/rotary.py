@@ -55,7 +55,8 @@ class RopeTables:
         module: Any = self._module
         arguments: Sequence[str] = () if layer_type is None else (layer_type,)
         parts = []
-        for positions in torch.split(torch.arange(self._max_model_len), _ROWS_AT_ONCE):
+        for start in range(0, self._max_model_len, _ROWS_AT_ONCE):
+            positions = torch.arange(start, min(start + _ROWS_AT_ONCE, self._max_model_len))
             pair = torch.stack(module(torch.zeros(1), positions.unsqueeze(0), *arguments), dim=2)
             half = pair.shape[3] // 2
             if pair.dtype != torch.float32 or not torch.equal(pair[..., :half], pair[..., half:]):
