@@ -145,9 +145,11 @@ class KVArena:
     ) -> list[int]: ...
     def cache_pages(self, slot: int, regions: Sequence[int], page_idxs: Sequence[int]) -> None: ...
     def uncache_pages(self, pages: Sequence[int]) -> int: ...
-    def try_swap_out(self, slots: Sequence[int], with_held: bool = False) -> int | None: ...
+    def try_swap_out(self, slots: Sequence[int]) -> int | None: ...
     def try_swap_in(self, group: int) -> list[int] | None: ...
     def drop_swapped(self, group: int, idx: int) -> None: ...
+    def swap_out_held(self) -> None: ...
+    def num_copies_to_sleep(self) -> int: ...
     def pin_pages(self, pages: Sequence[int]) -> None: ...
     def unpin_pages(self, pages: Sequence[int]) -> None: ...
     def last_shortage(self) -> int: ...
@@ -160,11 +162,8 @@ class KVArena:
     def prefetch(self, num_rows: int) -> None: ...
     def begin_step(self, stream: int = 0) -> int: ...
     def end_step(self, epoch: int) -> None: ...
-    def check_between_steps(self) -> None: ...
     def trim(self, keep_free: int) -> int: ...
     def resize(self, max_pages: int, low_pages: int = 0, high_pages: int = ...) -> None: ...
-    def set_low_pages(self, low_pages: int) -> None: ...
-    def max_pages(self) -> int: ...
     def mapped_rows(self, slot: int) -> int: ...
     def max_slot_rows(self) -> int: ...
     def wait_worker(self) -> None: ...
@@ -311,27 +310,27 @@ def num_threads() -> int: ...
 # the next, address of the bias or 0, out_features, in_features); a norm (address, eps, offset);
 # rows of a cache (address, strides of slot, row and head in elements).
 
-_DecoderWeight = tuple[int, int, int, int, int]
-_DecoderNorm = tuple[int, float, float] | None
-_DecoderRows = tuple[int, int, int, int]
+_Weight = tuple[int, int, int, int, int]
+_Norm = tuple[int, float, float] | None
+_Rows = tuple[int, int, int, int]
 
 class DecoderLayer:
     def __init__(
         self,
         *,
-        query: _DecoderWeight,
-        key: _DecoderWeight,
-        value: _DecoderWeight,
-        output: _DecoderWeight,
-        gate: _DecoderWeight,
-        up: _DecoderWeight,
-        down: _DecoderWeight,
-        before_attention: _DecoderNorm,
-        after_attention: _DecoderNorm,
-        before_mlp: _DecoderNorm,
-        after_mlp: _DecoderNorm,
-        query_norm: _DecoderNorm,
-        key_norm: _DecoderNorm,
+        query: _Weight,
+        key: _Weight,
+        value: _Weight,
+        output: _Weight,
+        gate: _Weight,
+        up: _Weight,
+        down: _Weight,
+        before_attention: _Norm,
+        after_attention: _Norm,
+        before_mlp: _Norm,
+        after_mlp: _Norm,
+        query_norm: _Norm,
+        key_norm: _Norm,
         softmax_scale: float,
         softcap: float,
         window_left: int,
@@ -340,7 +339,7 @@ class DecoderLayer:
 
 class DecoderCache:
     def __init__(
-        self, *, layers: Sequence[tuple[_DecoderRows, _DecoderRows]], num_slots: int, num_rows: int
+        self, *, layers: Sequence[tuple[_Rows, _Rows]], num_slots: int, num_rows: int
     ) -> None: ...
 
 class Decoder:
@@ -355,8 +354,8 @@ class Decoder:
         head_dim: int,
         embedding: int,
         vocab_size: int,
-        head: _DecoderWeight,
-        final_norm: _DecoderNorm,
+        head: _Weight,
+        final_norm: _Norm,
         activation: str,
         norms_whole_rows: bool,
         embedding_multiplier: float,
@@ -382,10 +381,12 @@ class Decoder:
     @property
     def scratch_bytes(self) -> int: ...
 
-# ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
+# ---- Linear products (csrc/bindings_linear.cpp): (x, weight, up, out, epilogue, scale), where x and
+# out are (address, elements from one row to the next)
 
-_Strided = tuple[int, int]
+_ProductRows = tuple[int, int]
 
 def linear(
-    calls: Sequence[tuple[_Strided, _Weight, _Weight | None, _Strided, int, float]], num_rows: int
+    calls: Sequence[tuple[_ProductRows, _Weight, _Weight | None, _ProductRows, int, float]],
+    num_rows: int,
 ) -> None: ...
