@@ -414,6 +414,17 @@ class VirtualKVCache:
     def wait_worker(self) -> None:
         self._arena.wait_worker()
 
+    def pause_worker(self) -> None:
+        """Leave the worker's jobs to ``run_worker``: a simulation says how much time it has."""
+        self._arena.pause_worker()
+
+    def run_worker(self, max_jobs: int) -> int:
+        """Do at most so many of the worker's jobs on this thread; how many there were.
+
+        A job backs the rows that one sequence will need next. Requires: ``pause_worker``.
+        """
+        return self._arena.run_worker(max_jobs)
+
     def stats(self) -> KVCacheStats:
         """See ``KVCacheStats``. The slot to pad with has committed pages, but is no sequence."""
         return virtual_stats(self._core_arena.stats(), len(self._slot_of), self._peak_seqs)
