@@ -26,7 +26,7 @@ from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
 from vmalloc.engine.scheduler import Scheduler
 from vmalloc.engine.sequence import Sequence
 
-PAGE = 4096  # four tokens of the model
+PAGE = 4096  # eight tokens of the model
 VOCAB_SIZE = 97
 HOST_BANDWIDTH = 2e9
 # By the page: in how many calls a run is mapped depends on the driver.
@@ -40,7 +40,7 @@ def model() -> Any:
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -51,16 +51,16 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def make_trace(num_requests: int = 40, seed: int = 0, **settings: Any) -> Trace:
+def make_trace(num_requests: int = 24, seed: int = 0, **settings: Any) -> Trace:
     """Ragged requests that come faster than they can be served, then with gaps."""
     rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(4e-3, num_requests))
-    arrivals[-5:] += np.arange(1, 6) * 0.5
+    arrivals[-3:] += np.arange(1, 4) * 0.5
     return Trace(
         name="test",
         arrival_s=arrivals,
         prompt_tokens=rng.integers(1, 70, num_requests),
-        output_tokens=rng.integers(1, 40, num_requests),
+        output_tokens=rng.integers(1, 30, num_requests),
         **settings,
     )
 
@@ -207,22 +207,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     # Settings, trace, and what must have happened.
     "recompute": ({"preemption_mode": "recompute"}, {}, {"preempt_recompute"}),
     "swap": (
-        {"preemption_mode": "swap", "swap_space_bytes": 20 * PAGE},
+        {"preemption_mode": "swap", "swap_space_bytes": 6 * PAGE},
         {},
         {"preempt_swap", "preempt_recompute"},
     ),
     "auto": (
-        {"preemption_mode": "auto", "swap_space_bytes": 64 * PAGE},
+        {"preemption_mode": "auto", "swap_space_bytes": 32 * PAGE},
         {},
         {"preempt_swap"},
     ),
     "shared prefixes": (
         {"preemption_mode": "recompute", "enable_prefix_caching": True},
-        {"shared_tokens": 18, "shared_group": np.arange(40) % 3},
+        {"shared_tokens": 18, "shared_group": np.arange(24) % 3},
         {"aliased_pages", "preempt_recompute"},
     ),
     "four samples": (
-        {"preemption_mode": "swap", "swap_space_bytes": 64 * PAGE},
+        {"preemption_mode": "swap", "swap_space_bytes": 32 * PAGE},
         {"width": 4},
         {"aliased_pages", "cow_copies", "preempt_swap"},
     ),
@@ -242,9 +242,9 @@ def test_each_step_is_that_of_the_real_engine(case: str, kind: str) -> None:
     config = EngineConfig(
         **{
             "kv_backend": kind,
-            "kv_cache_memory_bytes": 60 * PAGE,
+            "kv_cache_memory_bytes": 32 * PAGE,
             "page_size": PAGE if kind == "virtual" else None,
-            "block_size": 4,
+            "block_size": 8,
             "max_model_len": 128,
             "max_num_seqs": 12,
             "max_num_batched_tokens": 48,
