@@ -148,6 +148,10 @@ class Scheduler:
             self._prefetch(self.waiting[0])
         return batch
 
+    def skip_steps(self, num_steps: int) -> None:
+        """Count steps that nobody asked for, as they would change no more than some lengths."""
+        self._num_steps += num_steps
+
     def complete(self, batch: ScheduledBatch) -> None:
         """Note that a step computed its tokens."""
         self._memory.note_computed(batch)
@@ -195,12 +199,13 @@ class Scheduler:
 
     def _batch(self) -> ScheduledBatch:
         prefills = list(self._prefills.values())
-        seqs, counts = self._decode_seqs, [1] * len(self._decode_seqs)
+        num_decodes = len(self._decode_seqs)
+        seqs, counts = self._decode_seqs, [1] * num_decodes
         for part in prefills:
             seqs += part.seqs
             counts += part.num_new_tokens
         failed, self._failed = self._failed, []
-        return ScheduledBatch(self._decodes + prefills, seqs, counts, failed)
+        return ScheduledBatch(self._decodes + prefills, seqs, counts, num_decodes, failed)
 
     def _unschedule(self, group: SequenceGroup) -> None:
         """Drop a group's part in the step."""

@@ -63,14 +63,25 @@ class VirtualKVCache:
 
     name = "virtual"
 
-    def __init__(self, config: KVCacheConfig, *, driver: _core.Driver | None = None) -> None:
-        """``driver``: an already made core driver, e.g. a ``FaultDriver``; else by config."""
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        *,
+        driver: _core.Driver | None = None,
+        spare_pages: int | None = None,
+    ) -> None:
+        """Reserve the address space.
+
+        Args:
+            driver: an already made core driver, e.g. a ``FaultDriver``; else by config.
+            spare_pages: pages that the worker keeps created; None: what suits the driver.
+        """
         self._config = config
         self._driver = driver or make_driver(config)
         page_bytes = self._driver.page_bytes
         self._layout = plan_layout(config, page_bytes)
         self._max_pages = config.capacity_bytes // page_bytes
-        self._core_arena = make_arena(config, self._driver, self._layout)
+        self._core_arena = make_arena(config, self._driver, self._layout, spare_pages)
         self._slot_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
         # Sequences whose next row may lie in a shared page: only a truncate leads there.

@@ -10,8 +10,8 @@ from vmalloc.backend import KVBackend
 
 from .hardware import DriverCalls, DriverLatency
 
-MAX_JOBS = 16
-"""Jobs of the worker between two looks at how long they took."""
+MAX_JOBS = 64
+"""Most jobs of the worker between two looks at how long they took."""
 
 
 class SimulatedClock:
@@ -64,6 +64,7 @@ class DriverTime:
     Attributes:
         stalls: calls that the engine waited for.
         background: calls of the worker.
+        was_called: whether the last step had driver calls, or jobs that came to nothing.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class DriverTime:
         self._seen = DriverCalls()
         self._num_calls = 0
         self._debt_s = 0.0
+        self._job_s = 0.0  # what a job takes of late
+        self.was_called = False
         self.stalls = DriverCalls()
         self.background = DriverCalls()
         if cache is not None:
@@ -86,6 +89,7 @@ class DriverTime:
     def take_stall_seconds(self) -> float:
         """Time of the calls that the engine made since it last asked."""
         calls = self._take_calls()
+        self.was_called = calls is not None
         if calls is None:
             return 0.0
         self.stalls = self.stalls.plus(calls)
@@ -100,15 +104,22 @@ class DriverTime:
             return 0.0
         left = seconds - self._debt_s
         busy_s = 0.0
-        while left > 0 and self._cache.run_worker(MAX_JOBS):
+        while left > 0 and (num_jobs := self._cache.run_worker(self._jobs_within(left))):
+            self.was_called = True
             calls = self._take_calls()
             if calls is not None:
                 took = self._latency.seconds(calls)
+                self._job_s = took / num_jobs
                 self.background = self.background.plus(calls)
                 left -= took
                 busy_s += took
         self._debt_s = max(0.0, -left)
         return busy_s
+
+    def _jobs_within(self, seconds: float) -> int:
+        if self._job_s == 0.0:
+            return 1
+        return max(1, min(MAX_JOBS, int(seconds / self._job_s)))
 
     def _take_calls(self) -> DriverCalls | None:
         """Driver calls since this was last called, None if there were none."""

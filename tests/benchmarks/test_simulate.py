@@ -207,9 +207,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     # Settings, trace, and what must have happened.
     "recompute": ({"preemption_mode": "recompute"}, {}, {"preempt_recompute"}),
     "swap": (
-        {"preemption_mode": "swap", "swap_space_bytes": 6 * PAGE},
+        {"preemption_mode": "swap", "swap_space_bytes": 14 * PAGE},
         {},
-        {"preempt_swap", "preempt_recompute"},
+        {"preempt_swap"},
     ),
     "auto": (
         {"preemption_mode": "auto", "swap_space_bytes": 32 * PAGE},
