@@ -64,7 +64,7 @@ class DriverTime:
     Attributes:
         stalls: calls that the engine waited for.
         background: calls of the worker.
-        was_called: whether the last step had driver calls, or jobs that came to nothing.
+        is_idle: whether the last step had no driver calls, and left the worker nothing to do.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class DriverTime:
         self._num_calls = 0
         self._debt_s = 0.0
         self._job_s = 0.0  # what a job takes of late
-        self.was_called = False
+        self.is_idle = False
         self.stalls = DriverCalls()
         self.background = DriverCalls()
         if cache is not None:
@@ -89,7 +89,7 @@ class DriverTime:
     def take_stall_seconds(self) -> float:
         """Time of the calls that the engine made since it last asked."""
         calls = self._take_calls()
-        self.was_called = calls is not None
+        self.is_idle = calls is None
         if calls is None:
             return 0.0
         self.stalls = self.stalls.plus(calls)
@@ -105,14 +105,16 @@ class DriverTime:
         left = seconds - self._debt_s
         busy_s = 0.0
         while left > 0 and (num_jobs := self._cache.run_worker(self._jobs_within(left))):
-            self.was_called = True
             calls = self._take_calls()
-            if calls is not None:
+            if calls is not None:  # else the jobs found no pages to be had
+                self.is_idle = False
                 took = self._latency.seconds(calls)
                 self._job_s = took / num_jobs
                 self.background = self.background.plus(calls)
                 left -= took
                 busy_s += took
+        if left <= 0:
+            self.is_idle = False
         self._debt_s = max(0.0, -left)
         return busy_s
 

@@ -184,7 +184,7 @@ class SimulatedEngine:
             batch.seqs
             and batch.num_decodes == len(batch.seqs) == self.scheduler.stats().num_running_seqs
             and not (step.ended or step.first_tokens)
-            and not self._driver.was_called
+            and self._driver.is_idle
             and all(part.group.width == 1 for part in batch.groups)
         )
 
@@ -196,7 +196,10 @@ class SimulatedEngine:
             seq.num_rows = seq.num_computed_tokens = total
             seq.token_ids += [self._next_token(seq) for _ in range(num_steps)]
         self.scheduler.skip_steps(num_steps)
-        self._num_decodes += num_steps
+        first, self._num_decodes = self._num_decodes + 1, self._num_decodes + num_steps
+        for idx in range(first, self._num_decodes + 1):
+            for group, seq in self._due.pop(idx, ()):  # it waited for a while, and ends later
+                self._note_due(group, seq)
 
     def _write(self, step: Step) -> None:
         """Give every sequence whose end was computed its next token, as ``Generation`` does."""
@@ -206,10 +209,10 @@ class SimulatedEngine:
         for seq in decoding:
             seq.token_ids.append(self._next_token(seq))
         self._num_decodes += 1
-        self._finish_due(changed)
         for part in prefilling:
             if self._write_first(part, step):
                 changed[part.group] = None
+        self._finish_due(changed)
         if changed:
             groups = [part.group for part in batch.groups if part.group in changed]
             self.scheduler.release(groups)
@@ -238,7 +241,9 @@ class SimulatedEngine:
     def _finish_due(self, changed: dict[SequenceGroup, None]) -> None:
         """Finish the sequences that got their last token by a decode, and note their groups."""
         for group, seq in self._due.pop(self._num_decodes, ()):
-            if seq.num_output_tokens >= seq.max_tokens:
+            if seq.num_output_tokens > seq.max_tokens:
+                raise RuntimeError(f"{seq} was not ended in time: a bug in this simulation")
+            if seq.num_output_tokens == seq.max_tokens:
                 seq.finish("length")
                 changed[group] = None
             else:  # it was not in every one of them

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 import torch
 from simulation.clock import DriverTime, SimulatedClock
 from simulation.engine import SimulatedEngine, work_of
-from simulation.hardware import DriverLatency
+from simulation.hardware import DEVICES, DriverLatency
 from simulation.log import StepLog, log_step
-from simulation.models import StepWork
-from simulation.replay import replay
-from simulation.trace import Trace
+from simulation.models import MODELS, Deployment, StepWork
+from simulation.replay import replay, simulate
+from simulation.run import run
+from simulation.setting import Setting
+from simulation.trace import Trace, draw_trace, read_trace
 from transformers import LlamaConfig, LlamaForCausalLM
+from workload import ALPACA
 
 from vmalloc import PagedKVCache, VirtualKVCache, _core
 from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
@@ -261,3 +265,95 @@ def test_each_step_is_that_of_the_real_engine(case: str, kind: str) -> None:
     assert all(counts[event] > 0 for event in events), counts
     assert any(step.waiting for step in real.log)
     assert any(max((count for *_, count in step.computed), default=0) > 1 for step in real.log)
+
+
+NOT_OF_A_STEP = {"num_steps", "live_byte_steps", "committed_byte_steps", "peak_live_bytes"}
+
+
+def run_setting(setting: Setting, trace: Trace, *, skips: bool) -> dict[int, Any]:
+    """What is known after each step that was not skipped, by its number."""
+    with setting.engine(trace.max_seq_len) as (engine, clock):
+        log, num_steps = {}, 0
+        for step in simulate(trace, engine, clock, skips=skips):
+            num_steps += step.num_steps
+            state = log_step(step.batch, engine.scheduler, engine.backend)
+            pages = {name: state.pages[name] for name in state.pages if name not in NOT_OF_A_STEP}
+            ended = tuple(group.request_id for group in step.ended)
+            log[num_steps] = (clock(), ended, state.running, state.waiting, state.counts, pages)
+            engine.backend.check_invariants()
+        return log
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("kind", ["virtual", "paged"])
+def test_steps_done_at_once_change_nothing(kind: str, prefix_caching: bool) -> None:
+    rng = np.random.default_rng(3)
+    trace = Trace(
+        name="test",
+        arrival_s=np.cumsum(rng.exponential(0.05, 40)),
+        prompt_tokens=rng.integers(1, 300, 40),
+        output_tokens=rng.integers(1, 200, 40),
+        shared_tokens=40,
+        shared_group=np.arange(40) % 3,
+    )
+    setting = Setting(
+        kind=kind,  # type: ignore[arg-type]
+        max_num_seqs=6,
+        capacity_bytes=90 << 20 if kind == "virtual" else 60 << 20,
+        layers_per_group=16,  # pages of 32 tokens
+        block_size=32,
+        prefix_caching=prefix_caching,
+    )
+    every, some = (run_setting(setting, trace, skips=skips) for skips in (False, True))
+    assert len(some) < len(every) / 2
+    assert {step: every[step] for step in some} == some
+    assert any(log[3] for log in some.values())  # some had to wait
+    assert list(some.values())[-1][4].preempt_recompute > 0
+
+
+def test_a_worker_without_time_leaves_its_work_to_the_engine() -> None:
+    trace = draw_trace(ALPACA, 200, seed=0)
+    setting = Setting(max_num_seqs=64, capacity_bytes=2 << 30)
+    slow = dataclasses.replace(setting, latency=setting.latency.times(1000))
+    fast_result, slow_result = run(setting, trace), run(slow, trace)
+    assert fast_result["stall_share"] < 0.1 < slow_result["stall_share"]
+    assert fast_result["worker_share"] > 0
+    for name in ("num_steps", "mean_bytes"):
+        assert fast_result[name]
+    counters = [result["counters"] for result in (fast_result, slow_result)]
+    assert counters[0]["critical_pages"] < counters[1]["critical_pages"]
+    assert counters[0]["background_pages"] > counters[1]["background_pages"]
+
+
+def test_a_step_is_as_long_as_its_bytes_and_its_products() -> None:
+    deployment = Deployment(MODELS["Llama-3.1-8B"], DEVICES["H200"])
+    assert deployment.model.weight_bytes == pytest.approx(2 * 8.03e9, rel=0.01)
+    assert deployment.model.token_bytes == 128 * 1024
+    assert Deployment(MODELS["Llama-3.1-70B"], DEVICES["H200"], 2).model.weight_bytes == (
+        pytest.approx(2 * 70.6e9, rel=0.01)
+    )
+    lone = deployment.step_seconds(StepWork(1, 1, 1, 1))
+    assert lone == pytest.approx(2 * 7.5e9 / 4.8e12, rel=0.01)  # reads the weights once
+    crowd = deployment.step_seconds(StepWork(10_000, 10_000, 10_000, 10_000))
+    assert crowd == pytest.approx(2 * 7.5e9 * 10_000 / 989.5e12, rel=0.02)
+    context = deployment.step_seconds(StepWork(1, 1, 100_000, 100_000)) - lone
+    assert context == pytest.approx(100_000 * 128 * 1024 / 4.8e12, rel=0.01)
+    with pytest.raises(ValueError, match="num_devices is 3"):
+        Deployment(MODELS["Llama-3.1-8B"], DEVICES["H200"], 3)
+    with pytest.raises(ValueError, match="room for fewer"):
+        Deployment(MODELS["Llama-3.1-70B"], DEVICES["H100"])
+
+
+def test_a_trace_can_be_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n2.5,7,3\n1,4,2\n")
+    trace = read_trace(path)
+    assert trace.arrival_s.tolist() == [1.0, 2.5]
+    assert trace.prompt_tokens.tolist() == [4, 7]
+    assert trace.max_seq_len == 10
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n1,4,0\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_trace(path)
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n")
+    with pytest.raises(ValueError, match="no requests"):
+        read_trace(path)
