@@ -494,6 +494,8 @@ void bind_arena(py::module_& m) {
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())
       .def("max_slot_rows", &KVArena::max_slot_rows, NoGil())
       .def("wait_worker", &KVArena::wait_worker, NoGil())
+      .def("pause_worker", &KVArena::pause_worker, NoGil())
+      .def("run_worker", &KVArena::run_worker, py::arg("max_jobs"), NoGil())
       .def("check_invariants", &KVArena::check_invariants,
            py::arg("cached") = std::vector<PageId>{}, NoGil())
       .def("close", &KVArena::close, NoGil())

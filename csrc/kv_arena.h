@@ -190,6 +190,11 @@ class KVArena {
   /// retired page counts once for each slot that still maps it, also if it is in use elsewhere.
   [[nodiscard]] std::vector<SlotMap> page_map();
   void wait_worker();  ///< Until the worker has nothing to do.
+  /// From now on the worker's jobs wait for run_worker(); without a worker there are none.
+  /// Throws ConfigError where the driver wants a thread of its own for them.
+  void pause_worker();
+  /// Do at most `max_jobs` of them on the calling thread; how many. Requires: paused.
+  std::size_t run_worker(std::size_t max_jobs);
   /// `cached`: all pages that the prefix index refers to, as often as it does.
   void check_invariants(const std::vector<PageId>& cached = {});
 

@@ -63,12 +63,23 @@ class VirtualKVCache:
 
     name = "virtual"
 
-    def __init__(self, config: KVCacheConfig, *, driver: _core.Driver | None = None) -> None:
-        """``driver``: an already made core driver, e.g. a ``FaultDriver``; else by config."""
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        *,
+        driver: _core.Driver | None = None,
+        spare_pages: int | None = None,
+    ) -> None:
+        """Reserve the address space.
+
+        Args:
+            driver: an already made core driver, e.g. a ``FaultDriver``; else by config.
+            spare_pages: pages that the worker keeps created; None: what suits the driver.
+        """
         self._config = config
         self._driver = driver or make_driver(config)
         self._layout = plan_layout(config, self._driver.page_bytes)
-        self._core_arena = make_arena(config, self._driver, self._layout)
+        self._core_arena = make_arena(config, self._driver, self._layout, spare_pages)
         self._slot_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
         # Sequences whose next row may lie in a shared page: only a truncate leads there.
@@ -415,6 +426,17 @@ class VirtualKVCache:
 
     def wait_worker(self) -> None:
         self._arena.wait_worker()
+
+    def pause_worker(self) -> None:
+        """Leave the worker's jobs to ``run_worker``: a simulation says how much time it has."""
+        self._arena.pause_worker()
+
+    def run_worker(self, max_jobs: int) -> int:
+        """Do at most so many of the worker's jobs on this thread; how many there were.
+
+        A job backs the rows that one sequence will need next. Requires: ``pause_worker``.
+        """
+        return self._arena.run_worker(max_jobs)
 
     def stats(self) -> KVCacheStats:
         """See ``KVCacheStats``. The slot to pad with has committed pages, but is no sequence."""
