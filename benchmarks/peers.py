@@ -42,6 +42,7 @@ BATCHED_TOKENS = 512
 NUM_CHECKED = 8
 REFERENCE = "hf-generate"
 NUM_TRIES = 2
+FILE_WIDTH = 160
 Run = dict[str, Any]
 
 
@@ -125,9 +126,8 @@ class Contest:
             job = replace(job, options=options)
             for _ in range(NUM_TRIES):
                 run = run_peer(peer, python, job, self.plan.limits)
-                self._progress.console.print(
-                    f"{shape.name} {workload or 'check'} {_line(peer, run)}"
-                )
+                place = f"{shape.name} {workload or 'check'}"
+                self._progress.console.print(f"{place} {_line(peer, run)}", highlight=False)
                 if is_check or run["is_quiet"]:
                     break
             return run
@@ -260,13 +260,10 @@ def main(
         contest = Contest(plan, environments, progress)
         contest.run()
     rows, found = summarize(contest.runs), ratios(contest.runs)
-    print_tables(
-        Console(width=None if Console().is_terminal else 150),
-        rows,
-        contest.checks,
-        contest.failures,
-        found,
-    )
+    output = Console()
+    if not output.is_terminal:
+        output = Console(width=FILE_WIDTH)
+    print_tables(output, rows, contest.checks, contest.failures, found)
     write_json(
         json_file,
         {

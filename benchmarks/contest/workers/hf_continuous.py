@@ -9,7 +9,6 @@ Owns: the model and its manager thread.  Thread-safety: one caller.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from hf import Libraries, token_bytes
 from measured import Completion, Job, Request, main

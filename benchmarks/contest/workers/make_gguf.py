@@ -1,8 +1,8 @@
 """A Llama checkpoint as a GGUF file with float32 weights, beside the checkpoint.
 
-llama.cpp insists on an end token and forbids it where a request ignores it, which would change what
-greedy decoding finds. So the vocabulary grows by a few tokens without a meaning, whose logits are 0,
-and one of them is the end.
+llama.cpp insists on an end token and forbids it where a request ignores it, which would change
+what greedy decoding finds. So the vocabulary grows by a few tokens without a meaning, whose logits
+are 0, and one of them is the end.
 
 Owns: nothing.  Thread-safety: one process writes a file at a time; it appears whole.
 """
