@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .peers import PEERS
-from .summary import Ratio
+from .summary import Ratio, vital_signs
 
 MIB = 2**20
 OUR_COLOR, OTHER_COLOR = "#2f81f7", "#8c959f"
@@ -72,8 +72,8 @@ def print_tables(
         place = " ".join(filter(None, [failure.get("shape"), failure.get("workload")]))
         console.print(f"[yellow]{failure['peer']} left out[/] {place}: ", end="")
         console.print(failure["reason"], markup=False, highlight=False)
-    for ratio in found:
-        console.print(str(ratio), highlight=False)
+    for line in [*vital_signs(rows), *map(str, found)]:
+        console.print(line, highlight=False)
 
 
 def markdown(rows: Sequence[Row]) -> str:

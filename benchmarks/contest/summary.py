@@ -60,6 +60,23 @@ def _medians(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(value[name] for value in values) for name in values[0]}
 
 
+def vital_signs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of ours has limits of its own: start, memory of the process, KV beyond the tokens."""
+    said = []
+    for row in rows:
+        if not PEERS[row["peer"]].is_ours:
+            continue
+        kv = row["kv"]
+        said.append(
+            f"{row['shape']} {row['workload']}, {PEERS[row['peer']].summary}: constructed in "
+            f"{row['construct_s']['median']:.2f} s, peak RSS "
+            f"{row['peak_rss_bytes']['median'] / 2**20:,.0f} MiB, committed KV over live KV "
+            f"{kv['committed'] / kv['live']:.3f} at the peaks, "
+            f"{kv['committed_byte_steps'] / kv['live_byte_steps']:.3f} over all steps"
+        )
+    return said
+
+
 @dataclass(frozen=True)
 class Ratio:
     """Ours over a rival's tokens per second in one shape and workload."""

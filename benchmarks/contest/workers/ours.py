@@ -47,6 +47,7 @@ class Ours:
             for request in requests
         ]
         prompts = [request.prompt for request in requests]
+        self._before = self._llm.kv_stats()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [
             Completion(idx, one.token_ids, times.first_token_time, times.last_token_time)
@@ -55,13 +56,14 @@ class Ours:
         ]
 
     def kv_bytes(self) -> dict[str, int]:
-        stats = self._llm.kv_stats()
+        """``reserved`` is a cap; the byte counts over steps are those of the last run."""
+        stats, before = self._llm.kv_stats(), self._before
         return {
             "reserved": stats.capacity_bytes,
             "committed": stats.peak_committed_bytes,
             "live": stats.peak_live_bytes,
-            "committed_byte_steps": stats.committed_byte_steps,
-            "live_byte_steps": stats.live_byte_steps,
+            "committed_byte_steps": stats.committed_byte_steps - before.committed_byte_steps,
+            "live_byte_steps": stats.live_byte_steps - before.live_byte_steps,
         }
 
     def versions(self) -> dict[str, str]:
