@@ -21,11 +21,12 @@ HEADINGS = (
     "peer",
     "runs",
     "output tok/s",
+    "tok per CPU s",
     "wall s",
     "TTFT ms, p50/p99",
     "TPOT ms, p50/p99",
     "ready s",
-    "of that constructor",
+    "constructor s",
     "peak RSS MiB",
     "KV MiB, committed/reserved",
 )
@@ -43,13 +44,9 @@ def fastest_first(rows: Sequence[Row], cell: tuple[str, str]) -> list[Row]:
     return sorted(chosen, key=lambda row: -row["tokens_per_s"]["median"])
 
 
-def print_tables(
-    console: Console,
-    rows: Sequence[Row],
-    checks: Sequence[Row],
-    failures: Sequence[Row],
-    found: Sequence[Ratio],
-) -> None:
+def print_tables(console: Console, result: Row) -> None:
+    """Tables of a result, then what else it says."""
+    rows = result["rows"]
     for cell in cells_of(rows):
         table = Table(*HEADINGS, title=" ".join(cell))
         for row in fastest_first(rows, cell):
@@ -57,23 +54,24 @@ def print_tables(
             table.add_row(*texts, style="bold" if PEERS[row["peer"]].is_ours else None)
         console.print(table)
     if rows:
-        console.print(
-            "Median (lowest..highest) of quiet runs; * of noisy ones, as none was quiet.",
-            style="dim",
-        )
-    for check in checks:
-        parted = f", others part after {check['parted_at']}" if check["parted_at"] else ""
-        console.print(
-            f"{check['shape']}, {PEERS[check['peer']].summary}: greedy tokens of "
-            f"{check['num_equal']} of {check['num']} requests equal "
-            f"{PEERS[check['reference']].summary}'s{parted}"
-        )
-    for failure in failures:
-        place = " ".join(filter(None, [failure.get("shape"), failure.get("workload")]))
-        console.print(f"[yellow]{failure['peer']} left out[/] {place}: ", end="")
+        note = "Median (lowest..highest) of quiet runs; * of noisy ones, as none was quiet."
+        console.print(note, style="dim")
+    for check in result["greedy_check"]:
+        console.print(_check_line(check), highlight=False)
+    for failure in result["left_out"]:
+        place = " ".join(filter(None, [failure["shape"], failure["workload"]]))
+        console.print(f"[yellow]{failure['peer']} left out[/] of {place}: ", end="")
         console.print(failure["reason"], markup=False, highlight=False)
-    for line in [*vital_signs(rows), *map(str, found)]:
+    for line in [*vital_signs(rows), *(str(Ratio(**ratio)) for ratio in result["ratios"])]:
         console.print(line, highlight=False)
+
+
+def _check_line(check: Row) -> str:
+    line = (
+        f"{check['shape']}, {PEERS[check['peer']].summary}: greedy tokens of {check['num_equal']} "
+        f"of {check['num']} requests equal {PEERS[check['reference']].summary}'s"
+    )
+    return line + (f"; others part after {check['parted_at']}" if check["parted_at"] else "")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -97,6 +95,7 @@ def _texts(row: Row) -> list[str]:
         PEERS[row["peer"]].summary,
         f"{row['num_quiet']} of {row['num_runs']}" + ("" if row["num_quiet"] else "*"),
         _spread(row["tokens_per_s"], 0),
+        f"{row['tokens_per_cpu_s']['median']:,.0f}",
         _spread(row["wall_s"], 2),
         _percentiles(row["ttft_ms"], 0),
         _percentiles(row["tpot_ms"], 1),

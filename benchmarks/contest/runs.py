@@ -20,10 +20,11 @@ from typing import Any
 from provenance import ROOT
 
 from .peers import WORKERS, Peer
-from .workers.measured import STARTED, Job
+from .workers.measured import STARTED, TICKS_PER_S, Job
 
 PERCENTILES = (50, 99)
 GRACE_S = 5.0
+CLOCK_TICK_S = 1 / TICKS_PER_S
 
 
 class RunFailed(Exception):
@@ -51,6 +52,7 @@ def run_peer(peer: Peer, python: Path, job: Job, limits: Limits) -> dict[str, An
             raise RunFailed(_reason(returncode, log_file, limits))
         result: dict[str, Any] = json.loads(result_file.read_text())
     result["tokens_per_s"] = result["output_tokens"] / result["wall_s"]
+    result["tokens_per_cpu_s"] = result["output_tokens"] / max(result["cpu_s"], CLOCK_TICK_S)
     result["is_quiet"] = result["foreign_cores"] <= limits.max_foreign_cores
     result |= latencies(result["streams"])
     return result
@@ -79,13 +81,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _environment(peer: Peer, threads: int) -> dict[str, str]:
-    cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         STARTED: str(time.monotonic()),
         **peer.variables,
     }

@@ -42,7 +42,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _row(runs: list[Run]) -> dict[str, Any]:
     quiet = [run for run in runs if run["is_quiet"]]
     kept = quiet or runs
-    numbers = ("tokens_per_s", "wall_s", "cpu_s", "import_s", "construct_s", "ready_s")
+    numbers = ("tokens_per_s", "tokens_per_cpu_s", "wall_s", "import_s", "construct_s", "ready_s")
     return {
         "num_runs": len(runs),
         "num_quiet": len(quiet),
@@ -114,7 +114,8 @@ def ratios(runs: Sequence[Run]) -> list[Ratio]:
         if not rivals or (shape, workload, OURS) not in rows:
             continue
         best = max(rivals, key=lambda peer: rivals[peer])
-        found.append(_ratio(runs, shape, workload, best, TARGETS.get((shape, workload))))
+        target = TARGETS.get((shape, workload))
+        found.append(_ratio(runs, shape, workload, best, target))
         if CONTINUOUS_BATCHING in rivals and best != CONTINUOUS_BATCHING:
             target = CONTINUOUS_TARGET if shape != "nano" else None
             found.append(_ratio(runs, shape, workload, CONTINUOUS_BATCHING, target))
