@@ -30,8 +30,10 @@ Workloads = Annotated[
         "--workload",
         "-w",
         metavar="NAME",
-        help="offline, long, prefix, parallel, beam, bursty or mixed. Repeatable; default: all, or "
-        "none with --trace.",
+        help="offline: chat-like lengths, all at once. long: prompts of half the context and more. "
+        "prefix: one long shared beginning. parallel: 4 samples of each prompt. beam: beams of "
+        "width 4. bursty: chat-like, in bursts. mixed: all of it, at random times. Repeatable; "
+        "default: all, or none with --trace.",
         rich_help_panel=_LOAD,
         show_default=False,
     ),
@@ -69,8 +71,6 @@ Seed = Annotated[
 KVCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        "--kv-cache-memory-bytes",
-        "--kv-cache-memory",
         help="Hard cap on physical KV memory in every run. Default: for each workload half of "
         "what its requests would hold together, so that memory limits its batches; bursty has "
         "room for all.",

@@ -328,6 +328,9 @@ def ab(
     the allocator's time: medians with the range of the runs, and the ratio of the first side over
     the others. Where ranges overlap, it is a tie. All outputs are compared token for token; if they
     differ, the exit status is 1.
+
+    Try: vmalloc ab --quick. Against what reserves ahead of need: vmalloc ab -w offline --backends
+    virtual,paged,max_length,power_of_two
     """
     _prepare_process(model)
     from .engine import EngineConfig

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,6 +19,8 @@ from .experiment import ABSettings, run_experiment
 from .page import NO_PLOTS, has_plots, render_page
 from .summary import summarize
 from .terminal import ABProgress, ab_report
+
+_NUMBERS = re.compile(r"\[\s+([-+.\w]+(?:,\s+[-+.\w]+)*)\s+\]")
 
 PACKAGES = ("vmalloc", "torch", "transformers", "numpy")
 
@@ -34,12 +38,18 @@ def compare_backends(settings: ABSettings, json_file: Path, html_file: Path) -> 
     summary = summarize(result, started)
     console = Console()
     console.print(ab_report(summary, width=console.width))
-    _write(json_file, json.dumps(summary, indent=1) + "\n")
+    _write(json_file, dump_summary(summary))
     _write(html_file, render_page(summary))
     if not has_plots():
         Console(stderr=True).print(NO_PLOTS, style="yellow", markup=False)
     console.print(f"Wrote {json_file} and {html_file}.", style="dim", highlight=False)
     return result.equality.is_equal
+
+
+def dump_summary(summary: dict[str, Any]) -> str:
+    """JSON to read and to compare by line; a list of numbers is one line."""
+    text = json.dumps(summary, indent=1)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def _check_writable(path: Path) -> None:

@@ -23,6 +23,7 @@ from ..model_loader import load_model, resolve_model_name, vocab_size
 from .arms import DEFAULT_ARMS, Arm, choose_arms
 from .caps import Cap, choose_cap
 from .equality import Equality, compare_outputs
+from .replay import ServedRequest
 from .run import Run, run_once
 from .trace_file import read_trace
 from .workload import KINDS, Workload, make_workload
@@ -97,6 +98,7 @@ class WorkloadResult:
         max_model_len: most tokens of a sequence; the length of the longest request.
         runs: timed ones by side, in order; those of one place belong to one round.
         checked: the untimed run of each side, whose log-probabilities were compared.
+        reference: what each request got from the first run that served it.
     """
 
     workload: Workload
@@ -104,6 +106,7 @@ class WorkloadResult:
     max_model_len: int
     runs: dict[str, list[Run]] = field(default_factory=dict)
     checked: dict[str, Run] = field(default_factory=dict)
+    reference: list[ServedRequest] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -203,15 +206,17 @@ def _note(
     round_idx: int,
     run: Run,
 ) -> None:
-    """Keep a run and compare its outputs with those of the workload's first run."""
-    workload = measured.workload
-    if not measured.checked:
+    """Keep a run, and compare its outputs with those of the runs before it."""
+    workload, reference = measured.workload, measured.reference
+    if not reference:
         result.equality.num_sequences += sum(one.num_completions for one in workload.requests)
-        reference = run.requests
+        reference.extend(run.requests)
     else:
-        reference = next(iter(measured.checked.values())).requests
         name = f"{arm.name}, run {round_idx}" if round_idx else f"{arm.name}, untimed run"
         compare_outputs(result.equality, model, workload, reference, run.requests, name)
+    for idx, served in enumerate(run.requests):
+        if reference[idx].error is not None:
+            reference[idx] = served
     if round_idx == 0:
         measured.checked[arm.name] = run
     else:

@@ -1,6 +1,8 @@
 """The pictures of a report: SVG to be put into a page, whose colours they take on.
 
-Needs matplotlib, which ``vmalloc[bench]`` brings.
+Needs matplotlib, which ``vmalloc[bench]`` brings. The overview as a file of its own:
+
+    python -m vmalloc.engine.ab.plots benchmarks/results/ab.json docs/figures/ab.svg
 
 Owns: nothing.  Thread-safety: none; one thread.
 """
@@ -8,13 +10,16 @@ Owns: nothing.  Thread-safety: none; one thread.
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...measuring.figures import new_panels
+from ...measuring.figures import new_panels, save_figure
 from .metrics import METRICS
 
 ARM_COLORS = {
@@ -51,6 +56,11 @@ TICKS = (1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 def overview(summary: dict[str, Any], other: str) -> str:
     """How far the first side is ahead of another, by workload, with spreads."""
     first = next(iter(summary["backends"]))
+    return _svg(_overview(summary, other), f"Ratios of {first} and {other} by workload")
+
+
+def _overview(summary: dict[str, Any], other: str) -> Figure:
+    first = next(iter(summary["backends"]))
     metrics = {metric["name"]: metric for metric in summary["metrics"]}
     workloads = summary["workloads"]
     height = 0.9 + 0.27 * len(workloads)
@@ -69,7 +79,7 @@ def overview(summary: dict[str, Any], other: str) -> str:
     axes[0].set_ylim(len(workloads) - 0.5, -0.5)
     sides = f"\u2190 {other} ahead", f"{first} ahead \u2192"
     figure.supxlabel("   |   ratio, log scale   |   ".join(sides), size=8)
-    return _svg(figure, f"Ratios of {first} and {other} by workload")
+    return figure
 
 
 def _draw_ratio(
@@ -231,3 +241,13 @@ def _svg(figure: Figure, words: str) -> str:
         f'<svg {view_box[0]} role="img" aria-label="{words}" '
         f'style="max-width: {1.4 * width:.0f}px">{rest.strip()}'
     )
+
+
+def main(json_file: Path, figure: Path) -> None:
+    """Draw the overview of a comparison, of its first side and the second."""
+    summary = json.loads(json_file.read_text(encoding="utf-8"))
+    save_figure(_overview(summary, next(iter(summary["score"]))), figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

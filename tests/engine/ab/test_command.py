@@ -49,7 +49,7 @@ def test_it_prints_a_table_and_writes_both_files(run, trace, tmp_path):
 def test_sides_cap_and_files_are_as_asked_for(run, trace, tmp_path):
     code, out, _ = run(
         "--trace", trace, "--repeats", "1", "--backends", "paged, power_of_two",
-        "--backends", "virtual", "--kv-cache-memory", str(4 << 20), "--json", "a.json",
+        "--backends", "virtual", "--kv-cache-memory-bytes", str(4 << 20), "--json", "a.json",
         "--html", "b.html",
     )  # fmt: skip
     assert code == 0

@@ -102,6 +102,34 @@ def test_a_side_that_goes_wrong_is_found(model, trace, monkeypatch):
     ]
 
 
+def test_what_one_side_cannot_hold_is_compared_between_the_others(model, trace, monkeypatch):
+    """The first run to be made is that of a side that fails everything."""
+    real, count = experiment.run_once, itertools.count()
+
+    def plant(*args, **kwargs):
+        run, number = real(*args, **kwargs), next(count)
+        for one in run.requests:
+            if number == 0:
+                one.error = "does not fit"
+            if number == 2:
+                one.completions[0].token_ids[0] ^= 1
+        return run
+
+    monkeypatch.setattr(experiment, "run_once", plant)
+    settings = ABSettings(
+        backends=("virtual", "paged", "max_length"),
+        workloads=(),
+        traces=(trace,),
+        repeats=1,
+        config=CONFIG,
+    )
+    equality = run_experiment(settings, model).equality
+    assert equality.num_unserved == 3
+    assert equality.num_compared == 4 * 3
+    assert {one.run for one in equality.differences} == {"virtual, untimed run"}
+    assert not equality.is_equal
+
+
 def test_the_model_is_given_back(model, result):
     import torch
 

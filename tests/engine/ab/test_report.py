@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tests.chromium import launched_chromium
 from vmalloc.engine.ab import page
+from vmalloc.engine.ab.command import dump_summary
 from vmalloc.engine.ab.metrics import HEADLINES, METRICS
 from vmalloc.engine.ab.page import render_page
 from vmalloc.engine.ab.summary import summarize
@@ -89,6 +90,22 @@ def test_json_numbers_are_the_runs(summary, result):
                     assert value["low"] == min(runs)
                     assert value["high"] == max(runs)
                     assert value["median"] == pytest.approx(sum(runs) / 2)
+
+
+def test_the_json_file_has_a_line_for_each_list_of_numbers(summary):
+    text = dump_summary(summary)
+    assert json.loads(text) == summary
+    runs = summary["workloads"][0]["table"][0]["values"]["paged"]["runs"]
+    assert f'"runs": {json.dumps(runs)}' in text
+
+
+def test_the_overview_can_be_drawn_from_the_json_file(summary, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need vmalloc[bench]")
+    from vmalloc.engine.ab import plots
+
+    (tmp_path / "ab.json").write_text(dump_summary(summary))
+    plots.main(tmp_path / "ab.json", tmp_path / "ab.svg")
+    assert "virtual ahead" in (tmp_path / "ab.svg").read_text()
 
 
 def test_wins_ties_and_losses_are_counted_and_shown(summary, html):
