@@ -384,8 +384,8 @@ class Decoder:
     @property
     def scratch_bytes(self) -> int: ...
 
-# ---- Linear products (csrc/bindings_linear.cpp): (x, weight, up, out, epilogue, scale), where x and
-# out are (address, elements from one row to the next)
+# ---- Linear products (csrc/bindings_linear.cpp): (x, weight, up, out, epilogue, scale), where x
+# and out are (address, elements from one row to the next)
 
 _ProductRows = tuple[int, int]
 
