@@ -92,8 +92,9 @@ void sum_products(const LinearCall& call, const LinearWeight& weight, const Line
 }
 
 inline Vec vsilu(Vec y) {
-  const Vec e = vexp(vmin(vset(88.0F), vsub(vset(0.0F), y)));  // a NaN in y stays
-  return vdiv(y, vadd(vset(1.0F), e));
+  const Vec lowest = vset(-88.0F);  // below, y / (1 + e^-y) is 0 for every purpose
+  const Vec e = vexp(vsub(vset(0.0F), vmax(lowest, y)));  // a NaN in y stays
+  return vselect_less(y, lowest, vset(0.0F), vdiv(y, vadd(vset(1.0F), e)));
 }
 
 inline Vec vgelu_tanh(Vec y) {

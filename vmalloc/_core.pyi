@@ -381,11 +381,12 @@ class Decoder:
     @property
     def scratch_bytes(self) -> int: ...
 
-# ---- Linear products (csrc/bindings_linear.cpp); addresses and strides in elements
+# ---- Linear products (csrc/bindings_linear.cpp): (x, weight, up, out, epilogue, scale), where x and
+# out are (address, elements from one row to the next)
 
-_Rows = tuple[int, int]
-_Weight = tuple[int, int, int, int, int]  # address, row stride, bias or 0, out and in features
+_ProductRows = tuple[int, int]
 
 def linear(
-    calls: Sequence[tuple[_Rows, _Weight, _Weight | None, _Rows, int, float]], num_rows: int
+    calls: Sequence[tuple[_ProductRows, _Weight, _Weight | None, _ProductRows, int, float]],
+    num_rows: int,
 ) -> None: ...

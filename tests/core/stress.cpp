@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,6 +29,7 @@
 #include "error.h"
 #include "fault_driver.h"
 #include "kv_arena.h"
+#include "linear.h"
 #include "thread_pool.h"
 
 namespace {
@@ -525,6 +527,41 @@ void run_thread_pool_round(unsigned seed) {
   other.join();
 }
 
+// Products by several threads and by one have the same bits; what they read ends where the rows do.
+void run_linear_round(unsigned seed) {
+  Random random(seed);
+  const auto num_rows = static_cast<std::int64_t>(1 + pick(random, 40));
+  const auto in_features = static_cast<std::int64_t>(1 + pick(random, 300));
+  const auto out_features = static_cast<std::int64_t>(1 + pick(random, 400));
+  const auto values = [&](std::int64_t rows, std::int64_t columns) {
+    std::vector<float> result(static_cast<std::size_t>(rows * columns));
+    for (float& value : result) value = static_cast<float>(random() % 1000) / 500.0F - 1.0F;
+    return result;
+  };
+  const std::vector<float> x = values(num_rows, in_features);
+  const std::vector<float> gate = values(out_features, in_features);
+  const std::vector<float> up = values(out_features, in_features);
+  const std::vector<float> bias = values(out_features, 1);
+  const auto products = [&](std::size_t threads) {
+    vmalloc::set_num_threads(threads);
+    std::vector<float> outs[] = {values(num_rows, out_features), values(num_rows, out_features)};
+    vmalloc::LinearCall calls[2];
+    for (int i = 0; i < 2; ++i) {
+      calls[i].x = x.data();
+      calls[i].x_stride = in_features;
+      calls[i].weight = {gate.data(), in_features, bias.data(), out_features, in_features};
+      calls[i].up = {up.data(), in_features, nullptr, out_features, in_features};
+      calls[i].out = outs[i].data();
+      calls[i].out_stride = out_features;
+    }
+    calls[1].epilogue = vmalloc::LinearEpilogue::kSiluGate;
+    vmalloc::linear(calls, 2, num_rows);
+    outs[0].insert(outs[0].end(), outs[1].begin(), outs[1].end());
+    return outs[0];
+  };
+  require(products(1) == products(2 + pick(random, 4)), "threads changed a product's bits");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -548,6 +585,7 @@ int main(int argc, char** argv) {
     run_arena_round(kernels, round);
     run_elastic_round(kernels, round);
     run_thread_pool_round(round);
+    run_linear_round(round);
   }
   std::printf("stress: %u rounds passed\n", num_rounds);
   return 0;
