@@ -72,6 +72,7 @@ bench: build
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/waste.py
 	$(BIN)/python benchmarks/preemption.py
+	$(BIN)/python benchmarks/hf_cache.py
 
 # Other engines on the same work, an environment each below .peers: an hour on a quiet machine.
 # PEERS_ARGS=--build-llama-cpp builds llama.cpp's server first, a quarter hour more.

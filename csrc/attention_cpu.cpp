@@ -8,12 +8,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "attention_check.h"
 #include "attention_kernel.h"
-#include "error.h"
+#include "cpu_isa.h"
 #include "thread_pool.h"
 
 namespace vmalloc {
@@ -117,31 +116,12 @@ void zero_padding_rows(const AttentionArgs& args) {
   }
 }
 
-int isa_level(const std::string& name) {
-  if (name == "portable") return 0;
-  if (name == "avx2") return 1;
-  if (name == "avx512") return 2;
-  throw ConfigError("VMALLOC_CPU_ISA is \"" + name + "\", must be portable, avx2 or avx512");
-}
-
-const AttentionKernel& choose_kernel() {
-  const char* forced = std::getenv("VMALLOC_CPU_ISA");
-  const int limit = forced != nullptr && *forced != '\0' ? isa_level(forced) : 2;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (limit >= 2 && avx512 && avx2) return kAttentionAvx512;
-  if (limit >= 1 && avx2) return kAttentionAvx2;
-#endif
-  static_cast<void>(limit);
-  return kAttentionPortable;
-}
-
 const AttentionKernel& kernel() {
-  static const AttentionKernel& chosen = choose_kernel();
-  return chosen;
+#if defined(__x86_64__)
+  if (cpu_isa() == CpuIsa::kAvx512) return kAttentionAvx512;
+  if (cpu_isa() == CpuIsa::kAvx2) return kAttentionAvx2;
+#endif
+  return kAttentionPortable;
 }
 
 char* cache_row(const CacheRows& cache, std::int64_t slot, std::int64_t row, std::int64_t element) {
@@ -172,7 +152,7 @@ void append_token(const AppendArgs& args, std::int64_t packed_row, std::int64_t 
 
 }  // namespace
 
-const char* attention_isa() { return kernel().isa; }
+const char* attention_isa() { return cpu_isa_name(cpu_isa()); }
 
 void varlen_attention(const AttentionArgs& args) {
   check_args(args);

@@ -69,7 +69,6 @@ struct AttentionKernel {
     Run float32;
     Run bfloat16;
   };
-  const char* isa;
   Runs contiguous;
   Runs block_table;
 };

@@ -28,6 +28,19 @@ void parallel_for(std::size_t num_tasks, std::size_t max_participants, Body& bod
       &body);
 }
 
+/// While one lives, workers wait for the next call awake for some microseconds before they sleep:
+/// for a caller that makes many short calls in a row. It wakes them when it is made.
+class AwakeWorkers {
+ public:
+  AwakeWorkers() noexcept;
+  ~AwakeWorkers();
+  AwakeWorkers(const AwakeWorkers&) = delete;
+  AwakeWorkers& operator=(const AwakeWorkers&) = delete;
+
+ private:
+  void* workers_;  // those that were woken; a forked child has others
+};
+
 /// Threads a call may use, the caller included; at first the CPUs this process may run on. One in a
 /// forked child, which inherits no threads, until `set_num_threads`.
 [[nodiscard]] std::size_t num_threads() noexcept;

@@ -14,6 +14,7 @@ import torch
 
 from ..backend import KVBackend
 from ..errors import ConfigError
+from ..kernels.decoder_cpu import CpuDecoder
 from ..kernels.select import AttentionKernels
 from .cache_factory import CacheFactory
 from .cache_setup import create_cache, resolve_config, resolve_max_model_len
@@ -29,10 +30,11 @@ from .decode_graphs import (
 )
 from .device_memory import GRAPH_BYTES, kv_capacity, measure_use, run_largest_step
 from .devices import check_dtype, module_device
+from .fused import FusedForward, choose_fused
 from .invariance import check_batch_invariance
 from .model_lease import ModelLease
 from .model_runner import ModelRunner
-from .packed_forward import PackedForward
+from .packed_forward import ForwardPass, MakeForward, PackedForward
 from .probe import probe_model
 from .progress import watch_start_up
 from .startup import StartupPhases
@@ -54,6 +56,7 @@ class EngineParts:
         backend: the KV cache.
         kernels: the attention kernels over it.
         runner: the forward passes.
+        fused_refusal: None where native code computes them; else why the model does so itself.
     """
 
     config: EngineConfig
@@ -62,6 +65,7 @@ class EngineParts:
     backend: KVBackend
     kernels: AttentionKernels
     runner: ModelRunner
+    fused_refusal: str | None
 
 
 def assemble(
@@ -90,14 +94,18 @@ def assemble(
         with stream.use():
             with phases.phase("probe model"):
                 probed = probe_model(model, caches)
+                decoder = choose_fused(model, probed, caches, config, max_model_len)
+                make_forward = _forward_maker(model, decoder)
+                # Its rows give the same bits in any batch as they are.
+                pads_rows = config.batch_invariant and isinstance(decoder, str)
                 if config.batch_invariant:
-                    check_batch_invariance(model, probed, caches)
+                    check_batch_invariance(model, probed, caches, make_forward, pads_rows=pads_rows)
             with phases.phase("reserve KV cache"):
                 limit = _device_limit(model, config, device, max_model_len)
                 config = resolve_config(config, probed.layers, max_model_len, device, limit)
                 backend, kernels = create_cache(config, probed, caches)
             try:
-                forward = PackedForward(model, backend, kernels)
+                forward = make_forward(backend, kernels)
                 with phases.phase("record decodes"):
                     decodes = _make_decodes(model, forward, backend, kernels, config, recorder)
             except BaseException:
@@ -107,13 +115,20 @@ def assemble(
                 forward,
                 backend,
                 device,
-                batch_invariant=config.batch_invariant,
+                pads_rows=pads_rows,
                 decodes=decodes,
             )
-            return EngineParts(config, stream, lease, backend, kernels, runner)
+            refusal = decoder if isinstance(decoder, str) else None
+            return EngineParts(config, stream, lease, backend, kernels, runner, refusal)
     except BaseException:
         lease.give_back()
         raise
+
+
+def _forward_maker(model: torch.nn.Module, decoder: CpuDecoder | str) -> MakeForward:
+    if isinstance(decoder, str):
+        return partial(PackedForward, model)
+    return lambda backend, kernels: FusedForward(decoder, backend)
 
 
 def _device_limit(
@@ -145,7 +160,7 @@ def _sizes(config: EngineConfig) -> tuple[int, ...]:
 
 def _make_decodes(
     model: torch.nn.Module,
-    forward: PackedForward,
+    forward: ForwardPass,
     backend: KVBackend,
     kernels: AttentionKernels,
     config: EngineConfig,

@@ -17,6 +17,7 @@ KVBackendName = Literal["auto", "virtual", "paged"]
 KVDriverName = Literal["auto", "host", "cuda", "null"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 PreemptionMode = Literal["auto", "swap", "recompute"]
+FusedMode = Literal["auto", "on", "off"]
 
 MAX_INT = 2**63 - 1
 """Largest size the core counts with."""
@@ -46,6 +47,9 @@ class EngineConfig:
         enforce_eager: launch every kernel of a decode step by itself instead of replaying CUDA
             graphs.
         compile: decode through ``torch.compile``; starting takes minutes.
+        fused: whether a native loop over the layers computes in the place of the model's own
+            forward pass, in float32 on the CPU. ``"auto"``: where the model's modules are known
+            and its logits come out the same, as compared at start; ``"on"``: or not at all.
         cuda_graph_sizes: batch sizes to capture decode graphs for; smaller batches are filled up,
             larger ones launched kernel by kernel. None: 1, 2, 4 and each multiple of 8 up to
             ``max_num_seqs``.
@@ -80,6 +84,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     compile: bool = False
+    fused: FusedMode = "auto"
     cuda_graph_sizes: tuple[int, ...] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -104,6 +109,7 @@ class EngineConfig:
         _check_choice("kv_driver", self.kv_driver, get_args(KVDriverName))
         _check_choice("scheduling_policy", self.scheduling_policy, get_args(SchedulingPolicy))
         _check_choice("preemption_mode", self.preemption_mode, get_args(PreemptionMode))
+        _check_choice("fused", self.fused, get_args(FusedMode))
         _check_choice("commit_policy", self.commit_policy, get_args(CommitPolicy))
         for name in (
             "kv_cache_memory_bytes",

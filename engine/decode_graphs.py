@@ -30,7 +30,7 @@ from torch import Tensor
 from ..backend import KVBackend, KVBatchBuffers, KVBatchView
 from ..errors import VmallocError
 from ..kernels.buckets import bucket_rows
-from .packed_forward import PackedForward
+from .packed_forward import ForwardPass
 from .sequence import Sequence
 from .transfer import copy_into
 
@@ -172,7 +172,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: PackedForward,
+        forward: ForwardPass,
         backend: KVBackend,
         recorder: Recorder,
         sizes: SequenceABC[int],

@@ -5,13 +5,12 @@ Owns: nothing.  Thread-safety: stateless; the model must not be in use.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import ConfigError
 from .cache_factory import CacheFactory
 from .model_loader import vocab_size
+from .packed_forward import MakeForward
 from .probe import ProbedModel
 from .trial import run_trial
 
@@ -21,10 +20,17 @@ MATE_TOKENS = (1, 5, 13, 29, 61, 125)
 
 
 def check_batch_invariance(
-    model: torch.nn.Module, probed: ProbedModel, caches: CacheFactory
+    model: torch.nn.Module,
+    probed: ProbedModel,
+    caches: CacheFactory,
+    make_forward: MakeForward,
+    *,
+    pads_rows: bool,
 ) -> None:
-    """Raise ``ConfigError`` unless a sequence's logits are bitwise the same beside any mates."""
-    any_model: Any = model
+    """Raise ``ConfigError`` unless a sequence's logits are bitwise the same beside any mates.
+
+    ``make_forward`` makes the model's forward pass; ``pads_rows`` is ``ModelRunner``'s.
+    """
     limit = vocab_size(model)
     subject = [(5 + 101 * idx) % limit for idx in range(SUBJECT_TOKENS)]
     mates = [[(7 + 37 * idx + num) % limit for idx in range(num)] for num in MATE_TOKENS]
@@ -32,7 +38,7 @@ def check_batch_invariance(
     def logits_beside(batch: list[list[int]]) -> torch.Tensor:
         prompts = [subject, *batch]
         layers, num_heads = probed.layers, probed.num_heads
-        return run_trial(any_model, layers, num_heads, prompts, caches, batch_invariant=True)[0]
+        return run_trial(make_forward, layers, num_heads, prompts, caches, pads_rows=pads_rows)[0]
 
     alone = logits_beside([])
     for batch in [*([mate] for mate in mates), mates]:

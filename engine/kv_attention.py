@@ -62,6 +62,41 @@ class AttentionCall:
     sinks: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """How one layer attends, whatever the batch: ``AttentionCall`` without its rows.
+
+    Attributes:
+        num_heads, num_kv_heads: of queries, and of keys and values.
+        k_head_dim, v_head_dim: elements of a head.
+        softmax_scale, window, softcap: as in ``AttentionCall``.
+        has_sinks: whether there are extra logits.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    softmax_scale: float
+    window: int | None
+    softcap: float
+    has_sinks: bool
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> LayerAttention:
+        """That of a call."""
+        return cls(
+            num_heads=call.query.shape[1],
+            num_kv_heads=call.key.shape[1],
+            k_head_dim=call.key.shape[2],
+            v_head_dim=call.value.shape[2],
+            softmax_scale=call.softmax_scale,
+            window=call.window,
+            softcap=call.softcap,
+            has_sinks=call.sinks is not None,
+        )
+
+
 AttentionHandler = Callable[[AttentionCall], Tensor]
 """Answers a call with ``[num_rows, num_heads, head_dim]``."""
 

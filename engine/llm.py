@@ -19,6 +19,7 @@ from ..errors import ConfigError, VmallocError
 from .config import (
     DtypeName,
     EngineConfig,
+    FusedMode,
     KVBackendName,
     KVDriverName,
     PreemptionMode,
@@ -61,6 +62,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
         compile: bool = False,
+        fused: FusedMode = "auto",
         cuda_graph_sizes: tuple[int, ...] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -87,6 +89,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
             compile=compile,
+            fused=fused,
             cuda_graph_sizes=cuda_graph_sizes,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

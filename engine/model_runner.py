@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backend import KVBackend
 from ..kernels.cpu import use_num_threads
 from .decode_graphs import DecodeGraphs
-from .packed_forward import PackedForward
+from .packed_forward import ForwardPass
 from .sequence import Sequence
 from .transfer import to_device
 
@@ -32,27 +32,33 @@ class ModelRunner:
         forward: the forward pass, over the layers of ``backend``.
         backend: where K and V live.
         device: where the model computes.
-        batch_invariant: pad rows so that logits do not depend on batch mates, bit for bit.
+        pads_rows: pad rows so that the logits of torch's products do not depend on batch mates,
+            bit for bit.
         decodes: what batches of decodes go through, as far as it takes them; None: nothing.
     """
 
     def __init__(
         self,
-        forward: PackedForward,
+        forward: ForwardPass,
         backend: KVBackend,
         device: torch.device,
         *,
-        batch_invariant: bool = False,
+        pads_rows: bool = False,
         decodes: DecodeGraphs | None = None,
     ) -> None:
         self._forward = forward
         self._backend = backend
         self._device = device
-        self._batch_invariant = batch_invariant
+        self._pads_rows = pads_rows
         self.decodes = decodes
         if device.type == "cpu":
             # One knob for the CPU: torch's, which OMP_NUM_THREADS and torch.set_num_threads turn.
             use_num_threads(torch.get_num_threads())
+
+    @property
+    def forward_name(self) -> str:
+        """Who computes what is not recorded, see ``ForwardPass``."""
+        return self._forward.name
 
     def forward(
         self,
@@ -74,13 +80,11 @@ class ModelRunner:
         view = self._backend.batch_view([seq.seq_id for seq in seqs], num_new_tokens)
         token_ids, positions, rows = _pack(seqs, num_new_tokens, all_rows)
         num_tokens, num_kept = len(token_ids), len(rows)
-        if num_kept == 0:
-            rows.append(0)  # some row: without any, models compute the logits of all rows
-        if self._batch_invariant:
+        if self._pads_rows:
             padding = _invariant_rows(num_tokens) - num_tokens
             token_ids.extend([0] * padding)
             positions.extend([0] * padding)
-            rows.extend([0] * (_invariant_rows(num_kept) - len(rows)))
+            rows.extend([0] * (_invariant_rows(num_kept) - num_kept))
         packed = to_device(np.array([*token_ids, *positions, *rows], dtype=np.int64), self._device)
         num_rows = len(token_ids)
         return self._forward(

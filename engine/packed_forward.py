@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,30 @@ def has_logits_to_keep(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+class ForwardPass(Protocol):
+    """Token ids of packed rows in, logits out, K and V written to the cache.
+
+    Attributes:
+        name: who computes it: ``"model"``, ``"fused_avx2"``.
+    """
+
+    name: str
+
+    def __call__(
+        self, token_ids: Tensor, positions: Tensor, rows: Tensor, view: KVBatchView
+    ) -> Tensor:
+        """See ``PackedForward``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the cache's tensors, which keep its addresses reserved."""
+        ...
+
+
+MakeForward = Callable[[KVBackend, AttentionKernels], ForwardPass]
+"""Makes the forward pass over a cache."""
+
+
 class PackedForward:
     """A decoder over packed rows: token ids in, logits out, K and V written to the cache.
 
@@ -32,6 +56,8 @@ class PackedForward:
         kernels: what writes and reads them.
         wrap: makes what is called in the model's place, e.g. a compiled model.
     """
+
+    name = "model"
 
     def __init__(
         self,
@@ -59,12 +85,14 @@ class PackedForward:
         Args:
             token_ids, positions: int64 ``[num_tokens]``; those past ``view.cu_seqlens_q[-1]`` are
                 padding.
-            rows: int64 ``[num_rows]``, the rows whose logits are wanted.
+            rows: int64 ``[num_rows]``, the rows whose logits are wanted; none is fine.
             view: where the sequences read and write.
 
         Returns float32 logits ``[num_rows, vocab_size]``. Raises ``VmallocError`` if the model
         attended elsewhere than in the cache.
         """
+        if rows.numel() == 0:  # models take no rows for all rows
+            return self(token_ids, positions, rows.new_zeros(1), view)[:0]
         attention = PackedAttention(self._layer_caches, view, self._kernels)
         arguments: dict[str, Any] = {
             "input_ids": token_ids.unsqueeze(0),

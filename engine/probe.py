@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,15 @@ from ..errors import VmallocError
 from ..kernels.cpu import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from .cache_factory import CacheFactory
 from .errors import UnsupportedModelError
-from .kv_attention import ATTENTION_NAME, AttentionCall, attention_through, register_attention
+from .kv_attention import (
+    ATTENTION_NAME,
+    AttentionCall,
+    LayerAttention,
+    attention_through,
+    register_attention,
+)
 from .model_loader import text_config, vocab_size
+from .packed_forward import MakeForward, PackedForward
 from .trial import run_trial
 
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -39,12 +47,16 @@ class ProbedModel:
     Attributes:
         layers: what each decoder layer stores, as seen at the attention function.
         num_heads: query heads of the first layer.
+        attention: how each layer attends.
+        logits: what ``probe_logits`` gave for it.
         max_error: largest difference of a packed logit from the model's own eager attention,
             as a share of the largest logit.
     """
 
     layers: tuple[LayerKVSpec, ...]
     num_heads: int
+    attention: tuple[LayerAttention, ...]
+    logits: tuple[Tensor, ...]
     max_error: float
 
 
@@ -63,12 +75,34 @@ def probe_model(model: torch.nn.Module, caches: CacheFactory) -> ProbedModel:
         _check_architecture(any_model)
         reference = _eager_logits(any_model)
         _switch_attention(any_model, ATTENTION_NAME)
-        layers, num_heads = _observe_layers(any_model)
-        max_error = _compare(any_model, layers, num_heads, reference, caches)
+        layers, attention = _observe_layers(any_model)
+        num_heads = attention[0].num_heads
+        with _refusing(model, "packed forward"):
+            logits = probe_logits(model, layers, num_heads, partial(PackedForward, model), caches)
+        max_error = _compare(model, logits, reference)
     except BaseException:
         restore_attention(model, before)
         raise
-    return ProbedModel(layers, num_heads, max_error)
+    return ProbedModel(layers, num_heads, attention, tuple(logits), max_error)
+
+
+def probe_logits(
+    model: torch.nn.Module,
+    layers: tuple[LayerKVSpec, ...],
+    num_heads: int,
+    make_forward: MakeForward,
+    caches: CacheFactory,
+) -> list[Tensor]:
+    """Pack two sequences, in two steps, over a real cache; logits at the end of each."""
+    prompts = [_probe_token_ids(model, which) for which in range(len(PROBE_LENGTHS))]
+    return run_trial(
+        make_forward, layers, num_heads, prompts, caches, first_chunks=list(PROBE_FIRST_CHUNKS)
+    )
+
+
+def relative_difference(logits: Tensor, reference: Tensor) -> float:
+    """The largest difference, as a share of the reference's largest logit."""
+    return float((logits - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
 
 
 def observe_outline(model: torch.nn.Module) -> tuple[tuple[LayerKVSpec, ...], int]:
@@ -81,7 +115,8 @@ def observe_outline(model: torch.nn.Module) -> tuple[tuple[LayerKVSpec, ...], in
     register_attention()
     _check_architecture(any_model)
     _switch_attention(any_model, ATTENTION_NAME)
-    return _observe_layers(any_model)
+    layers, attention = _observe_layers(any_model)
+    return layers, attention[0].num_heads
 
 
 def own_attention(model: torch.nn.Module) -> str | None:
@@ -163,8 +198,8 @@ def _eager_logits(model: Any) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _observe_layers(model: Any) -> tuple[tuple[LayerKVSpec, ...], int]:
-    """Run one sequence and note what reaches the attention function; layers and query heads."""
+def _observe_layers(model: Any) -> tuple[tuple[LayerKVSpec, ...], tuple[LayerAttention, ...]]:
+    """Run one sequence and note what reaches the attention function."""
     calls: list[AttentionCall] = []
 
     def record(call: AttentionCall) -> Tensor:
@@ -185,7 +220,8 @@ def _observe_layers(model: Any) -> tuple[tuple[LayerKVSpec, ...], int]:
             f"each of {len(expected)} layers should call attention once, in order; "
             f"the calls came from layers {seen}",
         )
-    return tuple(_layer_spec(model, config, call) for call in calls), calls[0].query.shape[1]
+    layers = tuple(_layer_spec(model, config, call) for call in calls)
+    return layers, tuple(map(LayerAttention.of, calls))
 
 
 def _layer_spec(model: Any, config: Any, call: AttentionCall) -> LayerKVSpec:
@@ -255,23 +291,12 @@ def _declared(config: Any, name: str) -> Any:
         return None
 
 
-def _compare(
-    model: Any,
-    layers: tuple[LayerKVSpec, ...],
-    num_heads: int,
-    reference: list[Tensor],
-    caches: CacheFactory,
-) -> float:
-    """Pack two sequences, in two steps, over a real cache; the largest relative difference."""
-    prompts = [_probe_token_ids(model, which) for which in range(len(PROBE_LENGTHS))]
-    with _refusing(model, "packed forward"):
-        logits = run_trial(
-            model, layers, num_heads, prompts, caches, first_chunks=list(PROBE_FIRST_CHUNKS)
-        )
+def _compare(model: Any, logits: list[Tensor], reference: list[Tensor]) -> float:
+    """The largest relative difference from each sequence alone."""
     tolerance = RELATIVE_TOLERANCE[next(model.parameters()).dtype]
     max_error = 0.0
     for which, (packed, alone) in enumerate(zip(logits, reference, strict=True)):
-        difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+        difference = relative_difference(packed, alone)
         if not difference <= tolerance:
             raise _refusal(
                 model,

@@ -5,8 +5,6 @@ Owns: nothing.  Thread-safety: stateless; the model must not be in use.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..backend import KVBackend, SequenceGroupSpec
@@ -15,7 +13,7 @@ from ..errors import VmallocError
 from .cache_factory import CacheFactory
 from .compute_stream import current_stream_handle
 from .model_runner import ModelRunner
-from .packed_forward import PackedForward
+from .packed_forward import MakeForward
 from .sampling_params import SamplingParams
 from .sequence import Sequence
 
@@ -24,19 +22,19 @@ TRIAL_BYTES = 64 * 1024 * 1024
 
 
 def run_trial(
-    model: Any,
+    make_forward: MakeForward,
     layers: tuple[LayerKVSpec, ...],
     num_heads: int,
     prompts: list[list[int]],
     caches: CacheFactory,
     *,
     first_chunks: list[int] | None = None,
-    batch_invariant: bool = False,
+    pads_rows: bool = False,
 ) -> list[Tensor]:
     """Logits ``[vocab_size]`` at the end of each prompt, all packed together, on the host.
 
     The first step computes ``first_chunks[i]`` tokens of each prompt (None: all), the second the
-    rest. Raises ``VmallocError`` if the cache has no room.
+    rest. ``pads_rows`` is ``ModelRunner``'s. Raises ``VmallocError`` if the cache has no room.
     """
     row_bytes = sum(map(len, prompts)) * sum(layer.token_bytes for layer in layers)
     config = KVCacheConfig(
@@ -49,10 +47,7 @@ def run_trial(
     backend, kernels = caches.make(config, num_heads)
     with backend:
         runner = ModelRunner(
-            PackedForward(model, backend, kernels),
-            backend,
-            caches.device,
-            batch_invariant=batch_invariant,
+            make_forward(backend, kernels), backend, caches.device, pads_rows=pads_rows
         )
         return _run(runner, backend, caches, prompts, first_chunks or list(map(len, prompts)))
 
@@ -79,7 +74,7 @@ def _run(
             raise VmallocError("a short sequence found no KV memory")
         step = backend.begin_step(current_stream_handle(caches.device))
         try:
-            rows = runner.forward(seqs, chunks).cpu()
+            rows = runner.forward(seqs, chunks).cpu().clone()
         finally:
             backend.end_step(step)
         for seq, total in zip(seqs, totals, strict=True):

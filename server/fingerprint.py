@@ -10,7 +10,15 @@ import hashlib
 from .. import __version__
 from .state import ServerState
 
-_SETTINGS = ("device", "dtype", "kv_backend", "batch_invariant", "max_model_len", "compile")
+_SETTINGS = (
+    "device",
+    "dtype",
+    "kv_backend",
+    "batch_invariant",
+    "max_model_len",
+    "compile",
+    "fused",
+)
 """What may change an answer in its last bits, or in its length."""
 
 

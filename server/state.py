@@ -143,4 +143,5 @@ def _cache_info(engine: LLMEngine) -> dict[str, object]:
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "kernel": engine.kernel_name,
+        "forward": engine.forward_name,
     }

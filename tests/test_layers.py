@@ -22,6 +22,10 @@ ROOMS = {
         "csrc/bindings.cpp",
         "csrc/bindings_attention.cpp",
         "csrc/bindings_attention.h",
+        "csrc/bindings_decoder.cpp",
+        "csrc/bindings_decoder.h",
+        "csrc/bindings_linear.cpp",
+        "csrc/bindings_linear.h",
     },
     r"\bcu(Mem|Ctx|Device|Event|Stream|Get|Init)[A-Z]?\w*\s*\(": {
         "csrc/cuda_device.cpp",
@@ -47,6 +51,7 @@ CORE_IMPORTERS = {
     "vmalloc/host_info.py",
     "vmalloc/kernel_info.py",
     "vmalloc/kernels/cpu.py",
+    "vmalloc/kernels/decoder_cpu.py",
 }
 
 

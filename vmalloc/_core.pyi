@@ -145,11 +145,9 @@ class KVArena:
     ) -> list[int]: ...
     def cache_pages(self, slot: int, regions: Sequence[int], page_idxs: Sequence[int]) -> None: ...
     def uncache_pages(self, pages: Sequence[int]) -> int: ...
-    def try_swap_out(self, slots: Sequence[int]) -> int | None: ...
+    def try_swap_out(self, slots: Sequence[int], with_held: bool = False) -> int | None: ...
     def try_swap_in(self, group: int) -> list[int] | None: ...
     def drop_swapped(self, group: int, idx: int) -> None: ...
-    def swap_out_held(self) -> None: ...
-    def num_copies_to_sleep(self) -> int: ...
     def pin_pages(self, pages: Sequence[int]) -> None: ...
     def unpin_pages(self, pages: Sequence[int]) -> None: ...
     def last_shortage(self) -> int: ...
@@ -162,8 +160,13 @@ class KVArena:
     def prefetch(self, num_rows: int) -> None: ...
     def begin_step(self, stream: int = 0) -> int: ...
     def end_step(self, epoch: int) -> None: ...
+    def check_between_steps(self) -> None: ...
     def trim(self, keep_free: int) -> int: ...
     def resize(self, max_pages: int, low_pages: int = 0, high_pages: int = ...) -> None: ...
+    def set_low_pages(self, low_pages: int) -> None: ...
+    def max_pages(self) -> int: ...
+    def pause_worker(self) -> None: ...
+    def run_worker(self, max_jobs: int) -> int: ...
     def mapped_rows(self, slot: int) -> int: ...
     def max_slot_rows(self) -> int: ...
     def wait_worker(self) -> None: ...
@@ -305,3 +308,88 @@ def append_kv(
 def attention_isa() -> str: ...
 def set_num_threads(count: int) -> None: ...
 def num_threads() -> int: ...
+
+# ---- The fused decoder (csrc/bindings_decoder.cpp). A weight is (address, elements from one row to
+# the next, address of the bias or 0, out_features, in_features); a norm (address, eps, offset);
+# rows of a cache (address, strides of slot, row and head in elements).
+
+_Weight = tuple[int, int, int, int, int]
+_Norm = tuple[int, float, float] | None
+_Rows = tuple[int, int, int, int]
+
+class DecoderLayer:
+    def __init__(
+        self,
+        *,
+        query: _Weight,
+        key: _Weight,
+        value: _Weight,
+        output: _Weight,
+        gate: _Weight,
+        up: _Weight,
+        down: _Weight,
+        before_attention: _Norm,
+        after_attention: _Norm,
+        before_mlp: _Norm,
+        after_mlp: _Norm,
+        query_norm: _Norm,
+        key_norm: _Norm,
+        softmax_scale: float,
+        softcap: float,
+        window_left: int,
+        rope_idx: int,
+    ) -> None: ...
+
+class DecoderCache:
+    def __init__(
+        self, *, layers: Sequence[tuple[_Rows, _Rows]], num_slots: int, num_rows: int
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        *,
+        layers: Sequence[DecoderLayer],
+        ropes: Sequence[tuple[int, int, int]],
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        embedding: int,
+        vocab_size: int,
+        head: _Weight,
+        final_norm: _Norm,
+        activation: str,
+        norms_whole_rows: bool,
+        embedding_multiplier: float,
+        residual_multiplier: float,
+        logit_multiplier: float,
+        logit_softcap: float,
+    ) -> None: ...
+    def forward(
+        self,
+        cache: DecoderCache,
+        token_ids: int,
+        positions: int,
+        num_tokens: int,
+        rows: int,
+        num_rows: int,
+        cu_seqlens_q: int,
+        seqused_k: int,
+        cache_batch_idx: int,
+        block_table: tuple[int, int, int] | None,
+        num_seqs: int,
+        logits: int,
+    ) -> None: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+
+# ---- Linear products (csrc/bindings_linear.cpp): (x, weight, up, out, epilogue, scale), where x
+# and out are (address, elements from one row to the next)
+
+_ProductRows = tuple[int, int]
+
+def linear(
+    calls: Sequence[tuple[_ProductRows, _Weight, _Weight | None, _ProductRows, int, float]],
+    num_rows: int,
+) -> None: ...

@@ -42,6 +42,14 @@ class Driver(str, Enum):
     NULL = "null"
 
 
+class Fused(str, Enum):
+    """Who computes forward passes, as the option lists it."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class CommitPolicy(str, Enum):
     """Commit policies, as the option lists them."""
 
@@ -96,6 +104,14 @@ EnforceEager = Annotated[
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Decode through torch.compile; starting takes minutes.")
+]
+FusedOption = Annotated[
+    Fused,
+    typer.Option(
+        "--fused",
+        help="Compute known models on CPU in one native loop over their layers; auto: where its "
+        "logits are seen to be the model's, on: or not at all.",
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import ConfigError
-from .lengths import draw_lengths
+from ...measuring.lengths import draw_lengths
 
 Method = Literal["greedy", "sample", "beam"]
 
@@ -295,8 +295,8 @@ def _range_of(values: list[int]) -> dict[str, float]:
 
 
 KINDS: dict[str, WorkloadKind] = {
-    "offline": WorkloadKind("chat-like lognormal lengths, all at once", 64, 24, _make_offline),
-    "long": WorkloadKind("prompts of half the context and more, all at once", 8, 4, _make_long),
+    "offline": WorkloadKind("chat-like lognormal lengths, all at once", 64, 20, _make_offline),
+    "long": WorkloadKind("prompts of half the context and more, all at once", 12, 6, _make_long),
     "prefix": WorkloadKind("one long shared prompt beginning, all at once", 32, 16, _make_prefix),
     "parallel": WorkloadKind("4 samples of each prompt, all at once", 16, 6, _make_parallel),
     "beam": WorkloadKind("beam search of width 4, all at once", 8, 4, _make_beam),

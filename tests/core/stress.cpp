@@ -12,10 +12,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -27,6 +29,7 @@
 #include "error.h"
 #include "fault_driver.h"
 #include "kv_arena.h"
+#include "linear.h"
 #include "thread_pool.h"
 
 namespace {
@@ -486,6 +489,8 @@ void run_elastic_round(const Kernels& kernels, unsigned seed) {
                 "created == free + in_use + retired does not hold");
         memory.check_invariants();
         if (pick(local, 20) == 0) static_cast<void>(memory.trim(0));
+        if (pick(local, 20) == 0) static_cast<void>(memory.try_create_spare(pick(local, 40)));
+        if (pick(local, 20) == 0) memory.resize(20 + pick(local, 60));
         jitter(local);
       }
     });
@@ -506,7 +511,12 @@ void run_thread_pool_round(unsigned seed) {
   // Two callers at once: one gets the workers, the other runs alone.
   const auto caller = [](unsigned caller_seed) {
     Random local(caller_seed);
+    std::optional<vmalloc::AwakeWorkers> awake;
     for (int i = 0; i < 20; ++i) {
+      if (pick(local, 4) == 0) {
+        awake.reset();
+        if (pick(local, 2) == 0) awake.emplace();
+      }
       std::vector<std::atomic<int>> done(pick(local, 50));
       auto body = [&](std::size_t task, std::size_t) { ++done[task]; };
       vmalloc::parallel_for(done.size(), 1 + pick(local, 5), body);
@@ -517,6 +527,41 @@ void run_thread_pool_round(unsigned seed) {
   std::thread other(caller, seed + 1);
   caller(seed + 2);
   other.join();
+}
+
+// Products by several threads and by one have the same bits; what they read ends where the rows do.
+void run_linear_round(unsigned seed) {
+  Random random(seed);
+  const auto num_rows = static_cast<std::int64_t>(1 + pick(random, 40));
+  const auto in_features = static_cast<std::int64_t>(1 + pick(random, 300));
+  const auto out_features = static_cast<std::int64_t>(1 + pick(random, 400));
+  const auto values = [&](std::int64_t rows, std::int64_t columns) {
+    std::vector<float> result(static_cast<std::size_t>(rows * columns));
+    for (float& value : result) value = static_cast<float>(random() % 1000) / 500.0F - 1.0F;
+    return result;
+  };
+  const std::vector<float> x = values(num_rows, in_features);
+  const std::vector<float> gate = values(out_features, in_features);
+  const std::vector<float> up = values(out_features, in_features);
+  const std::vector<float> bias = values(out_features, 1);
+  const auto products = [&](std::size_t threads) {
+    vmalloc::set_num_threads(threads);
+    std::vector<float> outs[] = {values(num_rows, out_features), values(num_rows, out_features)};
+    vmalloc::LinearCall calls[2];
+    for (int i = 0; i < 2; ++i) {
+      calls[i].x = x.data();
+      calls[i].x_stride = in_features;
+      calls[i].weight = {gate.data(), in_features, bias.data(), out_features, in_features};
+      calls[i].up = {up.data(), in_features, nullptr, out_features, in_features};
+      calls[i].out = outs[i].data();
+      calls[i].out_stride = out_features;
+    }
+    calls[1].epilogue = vmalloc::LinearEpilogue::kSiluGate;
+    vmalloc::linear(calls, 2, num_rows);
+    outs[0].insert(outs[0].end(), outs[1].begin(), outs[1].end());
+    return outs[0];
+  };
+  require(products(1) == products(2 + pick(random, 4)), "threads changed a product's bits");
 }
 
 }  // namespace
@@ -542,6 +587,7 @@ int main(int argc, char** argv) {
     run_arena_round(kernels, round);
     run_elastic_round(kernels, round);
     run_thread_pool_round(round);
+    run_linear_round(round);
   }
   std::printf("stress: %u rounds passed\n", num_rounds);
   return 0;

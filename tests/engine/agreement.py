@@ -35,7 +35,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     # Rows of 4,800 bytes: each straddles pages of 4 KiB.
     "5x3x40": ("llama-5x3x40", {}),
     # Rows of 960 bytes in five buffers: pages end within every fifth row.
-    "5x3x40, per layer": ("llama-5x3x40", {"layers_per_group": 1}),
+    # And computed by the model itself, the others by the fused decoder.
+    "5x3x40, per layer": ("llama-5x3x40", {"layers_per_group": 1, "fused": "off"}),
     # Rows of 1,024 bytes: four are a page, and a block.
     "4x2x16": ("llama-4x2x16", {}),
 }

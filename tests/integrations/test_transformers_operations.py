@@ -389,7 +389,7 @@ def test_stats_before_anything_happened() -> None:
         stats = cache.stats()
         assert stats.num_virtual_layers == NUM_LAYERS
         assert stats.reserved_bytes == stats.committed_bytes == stats.num_tokens == 0
-        assert cache.get_max_length() == 4096
+        assert cache.get_max_length() == -1  # nobody named a limit
         cache.crop(-1)
         cache.reset()
         cache.batch_repeat_interleave(2)  # like DynamicCache: nothing to repeat

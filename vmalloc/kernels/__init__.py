@@ -1,1 +1,1 @@
-"""Attention kernels over KV-cache views, one module per device."""
+"""Attention kernels over KV-cache views, one module per device; decoders around them."""

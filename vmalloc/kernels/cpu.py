@@ -78,7 +78,7 @@ def append_kv(
             f"value has shape {tuple(value.shape)}, must be"
             f" {(total_q, cache_heads, v_head_dim)} like key and v_cache"
         )
-    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = _indices(view)
+    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = batch_addresses(view)
     _core.append_kv(
         _ELEMENT_BYTES[dtype],
         (key.data_ptr(), key.stride()),
@@ -151,7 +151,7 @@ def varlen_attention(
             f"out is {out.dtype} {tuple(out.shape)}, must be {dtype} {shape} like query and v_cache"
         )
     sinks_address = 0 if sinks is None else _sinks_address(sinks, num_heads)
-    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = _indices(view)
+    cu_seqlens_q, seqused_k, cache_batch_idx, block_table, batch = batch_addresses(view)
     _core.varlen_attention(
         _DTYPE_CODES[dtype],
         (query.data_ptr(), query.stride()),
@@ -228,7 +228,7 @@ def _sinks_address(sinks: Tensor, num_heads: int) -> int:
     return sinks.data_ptr()
 
 
-def _indices(view: KVBatchView) -> tuple[int, int, int, tuple[int, int, int] | None, int]:
+def batch_addresses(view: KVBatchView) -> tuple[int, int, int, tuple[int, int, int] | None, int]:
     """Addresses of the index tensors, the batch size last; the core checks their values."""
     cu_seqlens_q, seqused_k, slots = view.cu_seqlens_q, view.seqused_k, view.cache_batch_idx
     batch = seqused_k.numel()

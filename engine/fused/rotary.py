@@ -1,0 +1,65 @@
+"""Tables of the cosines and sines that a model's own rotary module gives.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NotRecognisedError
+from .families import Family
+from .parts import check_untouched
+
+_ROWS_AT_ONCE = 4096
+"""The module computes both halves, and in steps: what it takes for them is bounded."""
+
+
+class RopeTables:
+    """The tables of one model, each made when a layer first asks for it.
+
+    Args:
+        module: the model's rotary module. Its frequencies must not follow the longest sequence
+            of a batch: ``pin_rope`` sees to that.
+        family: the model's.
+        max_model_len: positions that the tables have rows for.
+    """
+
+    def __init__(self, module: nn.Module, family: Family, max_model_len: int) -> None:
+        if not family.is_class(module, "RotaryEmbedding"):
+            raise NotRecognisedError(
+                f"rotary_emb is a {type(module).__name__}, not a {family.prefix}RotaryEmbedding"
+            )
+        check_untouched(module, "rotary_emb")
+        self._module = module
+        self._max_model_len = max_model_len
+        self._names: list[str | None] = []
+        self.tables: list[Tensor] = []
+        """``[max_model_len, 2, half]`` each."""
+
+    def index_of(self, layer_type: str | None) -> int:
+        """The table of a layer type, where the module tells them apart; else None is the one."""
+        if not isinstance(getattr(self._module, "rope_type", None), dict):
+            layer_type = None
+        if layer_type not in self._names:
+            self.tables.append(self._make(layer_type))
+            self._names.append(layer_type)
+        return self._names.index(layer_type)
+
+    @torch.inference_mode()
+    def _make(self, layer_type: str | None) -> Tensor:
+        module: Any = self._module
+        arguments: Sequence[str] = () if layer_type is None else (layer_type,)
+        parts = []
+        for start in range(0, self._max_model_len, _ROWS_AT_ONCE):
+            positions = torch.arange(start, min(start + _ROWS_AT_ONCE, self._max_model_len))
+            pair = torch.stack(module(torch.zeros(1), positions.unsqueeze(0), *arguments), dim=2)
+            half = pair.shape[3] // 2
+            if pair.dtype != torch.float32 or not torch.equal(pair[..., :half], pair[..., half:]):
+                raise NotRecognisedError("rotary_emb gives halves that differ")
+            parts.append(pair[0, :, :, :half])
+        return torch.cat(parts).contiguous()
