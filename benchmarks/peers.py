@@ -30,9 +30,10 @@ from contest.runs import Limits
 from contest.shapes import SHAPES
 from contest.summary import ratios, summarize
 from contest.turns import Contest
-from provenance import provenance, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vmalloc.measuring.provenance import provenance, write_json
 
 FILE_WIDTH = 160
 

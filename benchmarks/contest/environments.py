@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from provenance import ROOT
+from vmalloc.measuring.provenance import ROOT
 
 FOLDER = ROOT / ".peers"
 LLAMA_CPP = "0.3.36"

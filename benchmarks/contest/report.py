@@ -118,7 +118,7 @@ def _percentiles(values: dict[str, float], digits: int) -> str:
 
 def draw_figure(rows: Sequence[Row], path: Path) -> None:
     """Output tokens per second by peer, one panel for each shape and workload."""
-    from figures import new_panels, save_figure
+    from vmalloc.measuring.figures import new_panels, save_figure
 
     cells = cells_of(rows)
     shapes = list(dict.fromkeys(shape for shape, _ in cells))

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from provenance import ROOT
+from vmalloc.measuring.provenance import ROOT
 
 from .peers import WORKERS, Peer
 from .workers.measured import STARTED, TICKS_PER_S, Job

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from provenance import spread
+from vmalloc.measuring.provenance import spread
 
 from .peers import CONTINUOUS_BATCHING, PEERS
 
