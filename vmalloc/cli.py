@@ -300,6 +300,7 @@ def ab(
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     enforce_eager: options.EnforceEager = False,
+    fused: options.FusedOption = options.Fused.AUTO,
     backends: comparing.Backends = None,
     workload: comparing.Workloads = None,
     trace: comparing.Traces = None,
