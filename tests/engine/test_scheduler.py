@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from vmalloc.backend import Reservation, SequenceGroupSpec, Step
+from vmalloc.engine.admission import WaitingGroups
+from vmalloc.engine.preemption import choose_victim
 from vmalloc.engine.sampling_params import SamplingParams
 from vmalloc.engine.schedule import ScheduledBatch
 from vmalloc.engine.scheduler import MAX_STALLS, Scheduler
@@ -302,6 +304,54 @@ def test_waiting_requests_are_announced_to_the_backend() -> None:
     assert backend.prefetched == [5]
     run_step(scheduler, backend)
     assert backend.prefetched == [5, 6]
+
+
+def test_the_last_that_made_progress_gives_way_but_never_the_first_for_another() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        groups = [make_group(idx, 1, 1) for idx in range(rng.randint(1, 4))]
+        for group in groups:
+            group.is_shielded = rng.random() < 0.5
+        rng.shuffle(groups)
+        by_rank = sorted(groups, key=lambda group: group.rank)
+        free = [group for group in by_rank[1:] if not group.is_shielded]
+        assert choose_victim(groups) is (free or by_rank)[-1]
+
+
+def test_whoever_waits_stands_in_the_order_of_rank() -> None:
+    rng = random.Random(0)
+    queue = WaitingGroups("priority")
+    groups = [make_group(idx, 1, 1) for idx in range(60)]
+    for idx, group in enumerate(groups):
+        group.priority = rng.randint(-2, 2)
+        queue.rank(group, idx)
+        if rng.random() < 0.2:
+            group.status = GroupStatus.SWAPPED
+        queue.add(group)
+    expected = sorted(groups, key=lambda group: group.rank)
+    assert [*queue.waiting] == [one for one in expected if one.status is GroupStatus.WAITING]
+    assert queue.swapped == [one for one in expected if one.status is GroupStatus.SWAPPED]
+    assert list(queue.candidates(60)) == expected
+    assert set(queue.candidates(5)) == {*queue.swapped[:5], *list(queue.waiting)[:5]}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_whoever_decodes_stands_before_whoever_prefills(count: int) -> None:
+    backend = CountingBackend(100)
+    scheduler = make_scheduler(backend, tokens=12)
+    late = [make_group(idx, 20, 8) for idx in range(count)]
+    scheduler.add(make_group(100, 9, 8))
+    scheduler.add(late[0])
+    run_step(scheduler, backend)  # the first one, and a chunk of the next
+    scheduler.add(make_group(101, 1, 8))
+    for group in late[1:]:
+        scheduler.add(group)
+    while scheduler.has_unfinished:
+        batch = run_step(scheduler, backend)
+        assert batch.num_new_tokens[: batch.num_decodes] == [1] * batch.num_decodes
+        parts = [seq for part in batch.groups for seq in part.seqs]
+        assert parts == batch.seqs
+        assert all(seq.num_output_tokens > 1 for seq in batch.seqs[: batch.num_decodes])
 
 
 @pytest.mark.parametrize("retires", [False, True])
