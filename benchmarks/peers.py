@@ -2,9 +2,9 @@
 
 Llamas with random weights in float32, seeded requests of token ids that ignore the end token, two
 threads. Every run is a process of its own that starts, warms up on other tokens and serves one
-workload from cold caches; peers take turns in shuffled order, round by round. A run during which
-other programs used more than ``--max-foreign-cores`` is repeated once, and left out of the medians
-where a quiet one exists.
+workload from cold caches; peers take turns in shuffled order, round by round, and the result is
+written after every round. A run during which other programs used more than ``--max-foreign-cores``
+is repeated once, and left out of the medians where a quiet one exists.
 
 - ``offline``: chat-like lengths, all at once.  ``prefix``: 512 shared tokens and 32 of their own.
   ``parallel``: 4 samples of each prompt.
@@ -17,6 +17,8 @@ Owns: nothing.  Thread-safety: one process at a time runs a model.
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,18 +117,24 @@ def main(
             parse_venvs(venv or []), llama_server, build_llama_cpp, progress.console.print
         )
         contest = Contest(plan, environments, progress)
-        contest.run()
-    result = {
-        "provenance": provenance(seed, ("vmalloc", "torch", "transformers")),
-        "settings": plan.describe(),
+        for _ in contest.rounds():
+            write_json(json_file, describe(contest))
+    result = describe(contest)
+    write_json(json_file, result)
+    show(result, figure, table)
+
+
+def describe(contest: Contest) -> dict[str, Any]:
+    """All that is known so far, for the result file."""
+    return {
+        "provenance": provenance(contest.plan.seed, ("vmalloc", "torch", "transformers")),
+        "settings": contest.plan.describe(),
         "rows": summarize(contest.runs),
         "ratios": [asdict(ratio) for ratio in ratios(contest.runs)],
         "greedy_check": contest.checks,
         "left_out": contest.failures,
         "runs": contest.runs,
     }
-    write_json(json_file, result)
-    show(result, figure, table)
 
 
 def show(result: dict[str, Any], figure: Path | None, table: Path | None) -> None:
@@ -142,4 +150,6 @@ def show(result: dict[str, Any], figure: Path | None, table: Path | None) -> Non
 
 
 if __name__ == "__main__":
+    # What ends this process must end the one that it waits for, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     typer.run(main)

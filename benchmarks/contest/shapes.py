@@ -85,7 +85,7 @@ SHAPES = {shape.name: shape for shape in (TINY, SMALL, NANO)}
 
 def checkpoint(shape: Shape, folder: Path, seed: int) -> Path:
     """The shape's checkpoint below ``folder``, written if it is not there."""
-    path = folder / f"{shape.name}-{seed}"
+    path = folder / f"{shape.name}-{shape.num_parameters}-{seed}"
     if (path / "config.json").exists():
         return path
     import torch

@@ -6,6 +6,7 @@ Owns: the runs and what failed.  Thread-safety: one process at a time runs a mod
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,8 @@ class Contest:
         self._shuffler = random.Random(plan.seed)
         self._out: set[tuple[str, str, str]] = set()
 
-    def run(self) -> None:
+    def rounds(self) -> Iterator[None]:
+        """Runs a round of a shape each time that it is asked for more."""
         for shape in self.plan.shapes:
             self._check(shape)
             for number in range(self.plan.num_runs):
@@ -46,6 +48,7 @@ class Contest:
                     job = make_job(shape, workload, self.plan)
                     for peer in self._shuffler.sample(self.plan.peers, len(self.plan.peers)):
                         self._take_turn(peer, shape, workload, job, number)
+                yield
 
     def _check(self, shape: Shape) -> None:
         """Greedy tokens of every peer against the reference's, where it takes part."""

@@ -75,10 +75,11 @@ class SimulatedEngine:
     Args:
         scheduler: over ``backend``, with ``clock``.
         step_seconds: time of the device for a step that is not empty.
-        next_token: the token that a sequence writes. None: ones that no prompt has, other ones for
-            each sequence of a request.
+        next_token: the token that a sequence writes. None: ones that no prompt has, a different
+            one for each sequence of a request.
 
     Attributes:
+        driver: what its driver calls cost.
         host_s: processor time that scheduling and bookkeeping took on this machine.
     """
 
@@ -95,9 +96,9 @@ class SimulatedEngine:
         self.scheduler = scheduler
         self.host_s = 0.0
         self._clock = clock
-        self._driver = driver
+        self.driver = driver
         self._step_seconds = step_seconds
-        self._next_token = next_token or _made_up_token
+        self._next_token = next_token
         self._edges = PageEdges(backend)
         self._num_seqs = 0
         self._params: dict[int, SamplingParams] = {}
@@ -134,9 +135,9 @@ class SimulatedEngine:
         step.compute_s = self._clock() - started
         self.backend.end_step(kv_step)
         self.host_s += time.thread_time() - host_started
-        step.stall_s = self._driver.take_stall_seconds()
+        step.stall_s = self.driver.take_stall_seconds()
         self._clock.advance(step.stall_s)
-        step.worker_s = self._driver.run_worker(step.compute_s)
+        step.worker_s = self.driver.run_worker(step.compute_s)
         for group in batch.failed:
             self._partial.pop(group, None)
             step.ended.append(group)
@@ -184,7 +185,7 @@ class SimulatedEngine:
             batch.seqs
             and batch.num_decodes == len(batch.seqs) == self.scheduler.stats().num_running_seqs
             and not (step.ended or step.first_tokens)
-            and self._driver.is_idle
+            and self.driver.is_idle
             and all(part.group.width == 1 for part in batch.groups)
         )
 
@@ -194,7 +195,8 @@ class SimulatedEngine:
             raise RuntimeError("rows without a new page found no memory: a bug in this simulation")
         for seq, total in zip(seqs, totals, strict=True):
             seq.num_rows = seq.num_computed_tokens = total
-            seq.token_ids += [self._next_token(seq) for _ in range(num_steps)]
+            for _ in range(num_steps):
+                self._append(seq)
         self.scheduler.skip_steps(num_steps)
         first, self._num_decodes = self._num_decodes + 1, self._num_decodes + num_steps
         for idx in range(first, self._num_decodes + 1):
@@ -206,8 +208,13 @@ class SimulatedEngine:
         batch = step.batch
         changed: dict[SequenceGroup, None] = {}
         decoding, prefilling = self._split(batch)
-        for seq in decoding:
-            seq.token_ids.append(self._next_token(seq))
+        next_token = self._next_token
+        if next_token is None:
+            for seq in decoding:  # there may be thousands
+                seq.token_ids.append(-1 - seq.choice_idx)
+        else:
+            for seq in decoding:
+                seq.token_ids.append(next_token(seq))
         self._num_decodes += 1
         for part in prefilling:
             if self._write_first(part, step):
@@ -267,12 +274,18 @@ class SimulatedEngine:
             ends = group.active
         is_new = group in step.first_tokens
         for seq in ends:
-            seq.token_ids.append(self._next_token(seq))
+            self._append(seq)
             if seq.num_output_tokens >= seq.max_tokens:
                 seq.finish("length")
             elif is_new:
                 self._note_due(group, seq)
         return any(seq.is_finished for seq in ends)
+
+    def _append(self, seq: Sequence) -> None:
+        if self._next_token is None:
+            seq.token_ids.append(-1 - seq.choice_idx)
+        else:
+            seq.token_ids.append(self._next_token(seq))
 
     def _note_due(self, group: SequenceGroup, seq: Sequence) -> None:
         due = self._num_decodes + seq.max_tokens - seq.num_output_tokens
@@ -308,7 +321,3 @@ def _grown(work: StepWork, num_steps: int) -> StepWork:
 
 def _is_computed(group: SequenceGroup) -> bool:
     return any(seq.num_uncomputed_tokens == 0 for seq in group.active)
-
-
-def _made_up_token(seq: Sequence) -> int:
-    return -1 - seq.choice_idx

@@ -5,6 +5,7 @@ Owns: sums over steps, and two times for each request.  Thread-safety: none; one
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Measurements:
         self._since_sample = self._sampled_steps = 0
         self._stalls: list[float] = []
         self._total_steps = self._real_steps = 0
+        self._total_stall_s = 0.0
         self._peak_seqs = 0
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
@@ -61,6 +63,7 @@ class Measurements:
         num_seqs = len(step.batch.seqs)
         self._total_steps += step.num_steps
         self._real_steps += 1
+        self._total_stall_s += step.stall_s
         self._peak_seqs = max(self._peak_seqs, num_seqs)
         if self._window[0] <= self.num_ended < self._window[1]:
             if not self._before:
@@ -157,6 +160,8 @@ class Measurements:
             "num_steps": self._total_steps,
             "num_real_steps": self._real_steps,
             "simulated_s": self._now,
+            "total_stall_s": self._total_stall_s,
+            "total_stall_calls": asdict(self._engine.driver.stalls),
             "peak_seqs": self._peak_seqs,
             "mean_seqs": sums["seq_seconds"] / seconds,
             "decoded_tokens_per_s": sums["decoded_tokens"] / seconds,

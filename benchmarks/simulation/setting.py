@@ -33,6 +33,7 @@ class Setting:
         deployment: the model, on which GPUs.
         max_num_seqs, max_num_batched_tokens: the engine's settings.
         page_bytes, layers_per_group, commit_ahead_tokens: of the virtual cache; None: all layers.
+        low_watermark: share of memory that new sequences, and the worker, leave alone.
         block_size: of the paged cache.
         capacity_bytes: memory for K and V on each GPU; None: what weights leave.
         latency: of the driver.
@@ -48,6 +49,7 @@ class Setting:
     page_bytes: int = 2 << 20
     layers_per_group: int | None = None
     commit_ahead_tokens: int = 4
+    low_watermark: float = 0.01
     block_size: int = 16
     capacity_bytes: int | None = None
     latency: DriverLatency = field(default_factory=DriverLatency)
@@ -66,6 +68,7 @@ class Setting:
             page_bytes=self.page_bytes,
             layers_per_group=self.layers_per_group,
             commit_ahead_tokens=self.commit_ahead_tokens,
+            low_watermark=self.low_watermark,
             block_size=self.block_size,
             prefix_caching=self.prefix_caching,
             swap_bytes=self.swap_bytes,

@@ -6,7 +6,7 @@ Owns: nothing.  Thread-safety: immutable.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,16 @@ class Trace:
         shared = min(self.shared_tokens, num_tokens)
         group = -(1 << 32) - int(self.shared_group[idx])
         return [group] * shared + [own] * (num_tokens - shared)
+
+    def repeated(self, count: int) -> Trace:
+        """Every request so many times, each with a prompt of its own."""
+        return replace(
+            self,
+            arrival_s=self.arrival_s.repeat(count),
+            prompt_tokens=self.prompt_tokens.repeat(count),
+            output_tokens=self.output_tokens.repeat(count),
+            shared_group=None if self.shared_group is None else self.shared_group.repeat(count),
+        )
 
 
 def draw_trace(

@@ -245,7 +245,9 @@ class TestStartingOver:
 
     def test_a_crop_that_is_refused_changes_nothing(self) -> None:
         """A window that has slid cannot go back; nor may the other layers, then."""
-        made = model("gemma2")
+        config = copy.deepcopy(model("gemma2").config)
+        config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+        made = hf.Gemma2ForCausalLM(config).eval()
         expected = generate(made, padded(), max_new_tokens=16).sequences[:, 20:].tolist()
         with VirtualCache(made, page_bytes=PAGE) as cache:
             first = generate(made, padded(), past_key_values=cache).sequences

@@ -140,6 +140,30 @@ def test_an_encoder_decoder_model_gets_it_for_self_attention() -> None:
     assert type(ours.past_key_values.cross_attention_cache) is DynamicCache
 
 
+def test_a_model_that_takes_its_cache_apart() -> None:
+    """Whisper's own generate() slices keys and values, and builds the cache that it returns."""
+    torch.manual_seed(0)
+    config = hf.WhisperConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
+        max_source_positions=30, max_target_positions=60, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    made = hf.WhisperForConditionalGeneration(config).eval()
+    inputs = {"input_features": torch.randn(2, 8, 60)}
+    theirs = generate(made, inputs)
+    with use_virtual_cache(page_bytes=PAGE):
+        ours = generate(made, inputs)
+    assert_same_run(ours, theirs)
+    pairs = zip(
+        ours.past_key_values.self_attention_cache.layers,
+        theirs.past_key_values.self_attention_cache.layers,
+        strict=True,
+    )
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.keys, other.keys, atol=1e-4, rtol=1e-4)
+
+
 class TestWhatIsLeftAlone:
     def test_everything_after_the_block(self) -> None:
         made, before = model("llama"), GenerationMixin._prepare_cache_for_generation

@@ -18,7 +18,8 @@ from .process import ServerProcess, running_server
 
 WAIT_MS = 60_000
 KEY = "a-key"
-SMALL = ("--kv-cache-memory-bytes", str(32 << 20), "--max-num-seqs", "8")
+# Without the fused forward pass, so that a stream lasts while the page is looked at.
+SMALL = ("--kv-cache-memory-bytes", str(32 << 20), "--max-num-seqs", "8", "--fused", "off")
 PROMPT = "class Stack:"
 
 # Pixels of the map in the colour that the legend says live pages have.

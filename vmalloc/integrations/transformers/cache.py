@@ -41,8 +41,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     windows, recurrent states, attention to an image) are those that transformers would use.
 
     Keys, values and everything that attention was given are views: they are good until the cache
-    changes or is closed. Clone what should outlive that. For inference only; ``backward()`` through
-    it raises ``InferenceOnlyError``.
+    changes or is closed. Clone what should outlive that, and what is saved: torch saves a view with
+    all the address space around it. For inference only; ``backward()`` through it raises
+    ``InferenceOnlyError``.
 
     Args:
         config: the model's config, or the model.
@@ -301,7 +302,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a VirtualCache cannot be pickled: its memory belongs to this process; copy.deepcopy() "
-            "makes another one here"
+            "makes another one here; to save it, clone the keys and values of its layers"
         )
 
     def _num_tokens(self) -> int:
