@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from provenance import ROOT, provenance, write_json
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from simulation.hardware import DEVICES, DriverLatency
@@ -43,6 +42,8 @@ from simulation.setting import Setting
 from simulation.studies import STUDIES, Case
 from simulation.tables import print_table
 from simulation.trace import LENGTHS, draw_trace, read_trace
+
+from vmalloc.measuring.provenance import ROOT, provenance, write_json
 
 QUICK_SHARE = 0.02
 MIN_REQUESTS = 100

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from figures import LENGTH_COLORS, new_panels, save_figure
+from vmalloc.measuring.figures import LENGTH_COLORS, new_panels, save_figure
 
 from .tables import Row
 
