@@ -9,7 +9,7 @@ JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo serve test test-vllm check format asan tsan fakecuda mutations soak bench bench-gpu clean build
+.PHONY: demo serve test test-vllm check format asan tsan fakecuda mutations soak bench bench-peers bench-gpu clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
@@ -72,6 +72,12 @@ bench: build
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/waste.py
 	$(BIN)/python benchmarks/preemption.py
+	$(BIN)/python benchmarks/hf_cache.py
+
+# Other engines on the same work, an environment each below .peers: an hour on a quiet machine.
+# PEERS_ARGS=--build-llama-cpp builds llama.cpp's server first, a quarter hour more.
+bench-peers: build
+	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers.json --figure docs/figures/peers.svg $(PEERS_ARGS)
 
 # For a machine with a GPU and its own Python, torch and compilers: sets up no .venv, takes nothing from
 # the network. GPU_ARGS=--dry-run checks it without a GPU.
@@ -92,4 +98,4 @@ $(VENV)/.built: $(VENV)/.deps CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) .venv-vllm
+	rm -rf build dist $(VENV) .venv-vllm .peers

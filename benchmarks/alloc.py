@@ -27,12 +27,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from provenance import provenance, spread, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from vmalloc import KVCacheConfig, LayerKVSpec, SequenceGroupSpec, VirtualKVCache
+from vmalloc.measuring.provenance import provenance, spread, write_json
 
 TOKENS_PER_PAGE = 16  # 4 KiB rows on 64 KiB pages
 LAYERS = (LayerKVSpec(num_kv_heads=2, k_head_dim=64, v_head_dim=64),) * 4

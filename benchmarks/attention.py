@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from provenance import provenance, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +35,7 @@ from torch import Tensor
 from vmalloc import _core
 from vmalloc.backend import KVBatchView
 from vmalloc.kernels.cpu import varlen_attention
+from vmalloc.measuring.provenance import provenance, write_json
 
 BATCH = 32
 MEAN_LENGTH = 400

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from provenance import ROOT, provenance, spread, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from vmalloc.measuring.provenance import ROOT, provenance, spread, write_json
 
 LENGTHS = (512, 2048, 8192)
 BATCHES = (1, 8)
@@ -166,7 +167,7 @@ def _cell(value: dict[str, float]) -> str:
 
 def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars by contender: step time above, memory below, one column per length and batch."""
-    from figures import new_panels, save_figure
+    from vmalloc.measuring.figures import new_panels, save_figure
 
     cases = sorted({(row["batch"], row["num_tokens"]) for row in rows})
     colors = {

@@ -30,12 +30,12 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from provenance import provenance, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from vmalloc import _core
+from vmalloc.measuring.provenance import provenance, write_json
 
 SHAPES = [  # in_features, out_features
     (256, 256),

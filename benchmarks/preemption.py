@@ -36,13 +36,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from provenance import provenance, spread, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vmalloc.engine import LLM, SamplingParams
+from vmalloc.measuring.provenance import provenance, spread, write_json
 
 PAGE_SIZES = [4096, 16384, 65536, 1 << 18, 1 << 21]
 BLOCK_SIZES = [1, 4, 16, 64, 256]
@@ -251,7 +251,7 @@ def _cell(value: dict[str, float]) -> str:
 
 def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Milliseconds by unit: one row of panels per model, one line per length and kind."""
-    from figures import LENGTH_COLORS, new_panels, save_figure
+    from vmalloc.measuring.figures import LENGTH_COLORS, new_panels, save_figure
 
     panels = list(itertools.product(MODELS, ("virtual", "paged")))
     figure, axes = new_panels(len(MODELS), 2, width=9.0, height=5.6, sharey="row")

@@ -35,7 +35,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
-from provenance import provenance, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -52,6 +51,7 @@ from workload import (
 
 from vmalloc import SequenceGroupSpec
 from vmalloc.backend import KVBackend
+from vmalloc.measuring.provenance import provenance, write_json
 
 Method = Literal["parallel", "beam"]
 
@@ -241,7 +241,7 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def draw_figure(result: dict[str, Any], path: Path) -> None:
     """Bars as in the paper: one panel per trace and method, bars by width."""
-    from figures import COLORS, new_panels, save_figure
+    from vmalloc.measuring.figures import COLORS, new_panels, save_figure
 
     panels = list(itertools.product(result["traces"], METHODS))
     titles = {"parallel": "parallel sampling", "beam": "beam search"}

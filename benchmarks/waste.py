@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from provenance import provenance, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -54,6 +53,7 @@ from workload import (
 
 from vmalloc import SequenceGroupSpec
 from vmalloc.backend import KVBackend
+from vmalloc.measuring.provenance import provenance, write_json
 from vmalloc.reservation import reserved_tokens
 
 MAX_NUM_SEQS = 128  # never reached
@@ -250,7 +250,7 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def draw_figure(result: dict[str, Any], path: Path) -> None:
     """Stacked bars as in the paper, one panel per trace."""
-    from figures import COLORS, new_panels, save_figure
+    from vmalloc.measuring.figures import COLORS, new_panels, save_figure
 
     parts = {
         "token states": "token_states",

@@ -1,4 +1,4 @@
-"""Seeded requests and caches that the memory benchmarks share.
+"""Seeded requests and caches that the memory benchmarks share; no model runs on them.
 
 Lengths are lognormal with the means that the PagedAttention paper (Kwon et al., SOSP 2023, figure
 11) gives for its Alpaca and ShareGPT traces. It gives no deviations; all are drawn with a standard
@@ -10,7 +10,6 @@ Owns: nothing.  Thread-safety: stateless.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ import numpy as np
 
 from vmalloc import KVCacheConfig, LayerKVSpec, VirtualKVCache, create_kv_backend
 from vmalloc.backend import KVBackend
+from vmalloc.measuring.lengths import LOG_STD, draw_lengths
 
 LAYERS = (LayerKVSpec(num_kv_heads=2, k_head_dim=64, v_head_dim=64),) * 4
 ROW_BYTES = 4096  # what a token stores in LAYERS
 TOKENS_PER_PAGE = 16
 PAGE_BYTES = TOKENS_PER_PAGE * ROW_BYTES
 MAX_SEQ_LEN = 2048
-LOG_STD = 1.0
 MIN_TOKENS = 4
 MAX_TOKENS = MAX_SEQ_LEN // 2  # of a prompt, and of an output
 
@@ -81,8 +80,10 @@ class ByteSteps:
 def make_trace(lengths: Lengths, num_requests: int, seed: int) -> list[Request]:
     """Requests that arrive together; the same ones for the same seed."""
     rng = np.random.default_rng([seed, lengths.prompt_mean, lengths.output_mean])
-    prompts = _draw(rng, lengths.prompt_mean, num_requests)
-    outputs = _draw(rng, lengths.output_mean, num_requests)
+    prompts, outputs = (
+        draw_lengths(rng, mean, num_requests, minimum=MIN_TOKENS, maximum=MAX_TOKENS)
+        for mean in (lengths.prompt_mean, lengths.output_mean)
+    )
     return [Request(*pair) for pair in zip(prompts, outputs, strict=True)]
 
 
@@ -119,35 +120,3 @@ def make_cache(
         **settings,
     )
     return create_kv_backend(config, kind)
-
-
-def _draw(rng: np.random.Generator, mean: int, count: int) -> list[int]:
-    drawn = rng.lognormal(_location(mean), LOG_STD, count)
-    lengths: list[int] = np.clip(np.rint(drawn), MIN_TOKENS, MAX_TOKENS).astype(int).tolist()
-    return lengths
-
-
-def _location(mean: float) -> float:
-    """Mean of the logarithm for which the cut lengths have ``mean``; by bisection."""
-    low, high = 0.0, math.log(MAX_TOKENS)
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _cut_mean(middle) < mean:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _cut_mean(location: float) -> float:
-    """Mean of a lognormal length that is cut to ``MIN_TOKENS..MAX_TOKENS``."""
-    bottom = (math.log(MIN_TOKENS) - location) / LOG_STD
-    top = (math.log(MAX_TOKENS) - location) / LOG_STD
-    inside = math.exp(location + LOG_STD**2 / 2) * (
-        _normal_cdf(top - LOG_STD) - _normal_cdf(bottom - LOG_STD)
-    )
-    return MIN_TOKENS * _normal_cdf(bottom) + inside + MAX_TOKENS * (1 - _normal_cdf(top))
-
-
-def _normal_cdf(x: float) -> float:
-    return 0.5 * (1 + math.erf(x / math.sqrt(2)))

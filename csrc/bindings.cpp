@@ -471,11 +471,10 @@ void bind_arena(py::module_& m) {
       .def("cache_pages", &KVArena::cache_pages, py::arg("slot"), py::arg("regions"),
            py::arg("page_idxs"), NoGil())
       .def("uncache_pages", &KVArena::uncache_pages, py::arg("pages"), NoGil())
-      .def("try_swap_out", &KVArena::try_swap_out, py::arg("slots"), NoGil())
+      .def("try_swap_out", &KVArena::try_swap_out, py::arg("slots"), py::arg("with_held") = false,
+           NoGil())
       .def("try_swap_in", &KVArena::try_swap_in, py::arg("group"), NoGil())
       .def("drop_swapped", &KVArena::drop_swapped, py::arg("group"), py::arg("idx"), NoGil())
-      .def("swap_out_held", &KVArena::swap_out_held, NoGil())
-      .def("num_copies_to_sleep", &KVArena::num_copies_to_sleep, NoGil())
       .def("pin_pages", &KVArena::pin_pages, py::arg("pages"), NoGil())
       .def("unpin_pages", &KVArena::unpin_pages, py::arg("pages"), NoGil())
       .def("last_shortage", &KVArena::last_shortage, NoGil())
@@ -486,12 +485,17 @@ void bind_arena(py::module_& m) {
       .def("prefetch", &KVArena::prefetch, py::arg("num_rows"), NoGil())
       .def("begin_step", &KVArena::begin_step, py::arg("stream") = 0, NoGil())
       .def("end_step", &KVArena::end_step, py::arg("epoch"), NoGil())
+      .def("check_between_steps", &KVArena::check_between_steps, NoGil())
       .def("trim", &KVArena::trim, py::arg("keep_free"), NoGil())
       .def("resize", &KVArena::resize, py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, NoGil())
+      .def("set_low_pages", &KVArena::set_low_pages, py::arg("low_pages"), NoGil())
+      .def("max_pages", &KVArena::max_pages, NoGil())
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())
       .def("max_slot_rows", &KVArena::max_slot_rows, NoGil())
       .def("wait_worker", &KVArena::wait_worker, NoGil())
+      .def("pause_worker", &KVArena::pause_worker, NoGil())
+      .def("run_worker", &KVArena::run_worker, py::arg("max_jobs"), NoGil())
       .def("check_invariants", &KVArena::check_invariants,
            py::arg("cached") = std::vector<PageId>{}, NoGil())
       .def("close", &KVArena::close, NoGil())

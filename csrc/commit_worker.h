@@ -3,6 +3,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -24,11 +25,16 @@ class CommitWorker {
   CommitWorker& operator=(const CommitWorker&) = delete;
 
   void post(std::uint32_t slot);
-  void wait_idle();  ///< Until the queue is empty and nothing runs.
+  void wait_idle();  ///< Until the queue is empty and nothing runs; paused, it does the work here.
+  /// From now on queued slots wait for run(): for simulations, which say how much time there is.
+  void pause();
+  /// Commit at most `max_slots` queued slots on the calling thread; how many. Requires: paused.
+  std::size_t run(std::size_t max_slots);
   [[nodiscard]] std::string error() const;
 
  private:
-  void run();
+  void work();
+  void commit_next(std::unique_lock<std::mutex>& lock);
 
   std::function<void(std::uint32_t)> commit_;
   mutable std::mutex mutex_;
@@ -36,6 +42,7 @@ class CommitWorker {
   std::condition_variable idle_;
   std::deque<std::uint32_t> queue_;
   bool is_running_ = false;
+  bool is_paused_ = false;
   bool stop_ = false;
   std::string error_;
   std::thread thread_;

@@ -37,6 +37,14 @@ CudaDriver::~CudaDriver() {
     device_.forget();
     return;
   }
+  // As with all that is given back: one refusal is asked again. At exit the driver may be gone, and
+  // everything with it.
+  if (try_give_back() || try_give_back()) return;
+  device_.forget();
+  host_buffers_->forget();
+}
+
+bool CudaDriver::try_give_back() noexcept {
   try {
     const cuda::CurrentContext current(library_, device_.context());
     // A copy that still reads the window would meet error 700, which others in the process share.
@@ -53,10 +61,9 @@ CudaDriver::~CudaDriver() {
     window_.close();
     stream_.close();
     host_buffers_->close();
-  } catch (const DriverError&) {
-    // At exit the driver may be gone, and everything with it.
-    device_.forget();
-    host_buffers_->forget();
+    return true;
+  } catch (const DriverError&) {  // from before anything was given back
+    return false;
   }
 }
 

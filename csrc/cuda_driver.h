@@ -101,6 +101,9 @@ class CudaDriver final : public Driver {
     Address window = 0;             // where it is mapped in the window; 0: not
     std::uint64_t last_access = 0;  // number of the work that last used the window
   };
+
+  // What is left of pages, addresses, events and host memory; false if the driver refused to begin.
+  bool try_give_back() noexcept;
   /// The context is current as long as this lives. Throws ClosedError in a forked child.
   [[nodiscard]] cuda::CurrentContext enter() const;
   void probe();

@@ -64,7 +64,8 @@ class ElasticMemory {
 
   /// Wait for what is retired, then give free pages beyond `keep_free` back; the number given.
   std::size_t trim(std::size_t keep_free);
-  /// New cap. Pages in use beyond it leave as they come free.
+  /// New cap. Pages in use beyond it leave as they come free. If the driver throws, the cap is the
+  /// new one all the same.
   void resize(std::size_t max_pages);
 
   [[nodiscard]] ElasticStats stats();
@@ -118,6 +119,7 @@ class ElasticMemory {
   void settle_region(const std::vector<std::size_t>& due, std::size_t region);
   void unmap_all(std::size_t region);
   void give_back() noexcept;
+  void keep_free(std::size_t num_pages) noexcept;
   [[nodiscard]] std::pair<std::size_t, std::size_t> places_of(ByteSpan span) const;
   [[nodiscard]] ByteSpan bytes_of(std::size_t place) const;
   [[nodiscard]] Address address_of(std::size_t region, std::size_t place) const;

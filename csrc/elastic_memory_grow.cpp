@@ -190,9 +190,14 @@ bool ElasticMemory::try_create_spare(std::size_t num_pages) {
   const Lock lock = enter();
   if (!wait_retired()) poll();
   const std::size_t num_free = pool_.stats().num_free;
-  pool_.top_up(num_pages);
+  try {
+    pool_.top_up(num_pages);
+  } catch (const DriverError&) {
+    keep_free(num_free);
+    throw;
+  }
   if (pool_.stats().num_free < num_pages) {
-    pool_.trim(num_free);
+    keep_free(num_free);
     return false;
   }
   spare_pages_ = std::max(spare_pages_, num_pages);

@@ -83,9 +83,11 @@ void ElasticMemory::settle_region(const std::vector<std::size_t>& due, std::size
 }
 
 /// Free pages that need not be kept go back to the system.
-void ElasticMemory::give_back() noexcept {
+void ElasticMemory::give_back() noexcept { keep_free(spare_pages_); }
+
+void ElasticMemory::keep_free(std::size_t num_pages) noexcept {
   try {
-    static_cast<void>(pool_.trim(spare_pages_));
+    static_cast<void>(pool_.trim(num_pages));
   } catch (const DriverError&) {
     // They stay free; whoever trims tries again and hears of it.
   }
@@ -99,8 +101,8 @@ std::size_t ElasticMemory::trim(std::size_t keep_free) {
 
 void ElasticMemory::resize(std::size_t max_pages) {
   const Lock lock = enter();
-  poll();
   pool_.set_max_pages(max_pages);
+  poll();  // what comes free now and is beyond the cap goes at once
 }
 
 }  // namespace vmalloc

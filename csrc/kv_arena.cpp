@@ -431,11 +431,19 @@ void KVArena::finish_drain(std::uint32_t slot) {
 
 Epoch KVArena::begin_step(Stream stream) {
   const Lock lock = enter();
-  if (closed_ != epoch_) {
-    throw ConfigError("step " + std::to_string(epoch_) + " is still open; end it first");
-  }
+  refuse_open_step();
   driver_->use_stream(stream);
   return ++epoch_;
+}
+
+void KVArena::check_between_steps() {
+  const Lock lock = enter();
+  refuse_open_step();
+}
+
+void KVArena::refuse_open_step() const {
+  if (closed_ == epoch_) return;
+  throw ConfigError("step " + std::to_string(epoch_) + " is still open; end it first");
 }
 
 void KVArena::end_step(Epoch epoch) {

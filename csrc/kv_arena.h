@@ -143,19 +143,16 @@ class KVArena {
   std::size_t uncache_pages(const std::vector<PageId>& pages);
 
   /// Copy the pages of a group of slots to host memory, each once, and free the slots; a name for
-  /// the group, or none if the swap space is full. Pages that other slots share stay.
-  [[nodiscard]] std::optional<std::uint64_t> try_swap_out(const Slots& slots);
+  /// the group, or none if the swap space is full or the host has no memory. Pages that other slots
+  /// share stay. `with_held`, for who sleeps: but for those and pinned ones, what this group and
+  /// earlier ones hold is copied too, so that no page stays.
+  [[nodiscard]] std::optional<std::uint64_t> try_swap_out(const Slots& slots,
+                                                          bool with_held = false);
   /// Bring a group back, sharing included: its slots in their order, dropped ones left out, or
   /// none.
   [[nodiscard]] std::optional<Slots> try_swap_in(std::uint64_t group);
   /// Forget slot number `idx` of a group, and the group with its last one.
   void drop_swapped(std::uint64_t group, std::size_t idx);
-
-  /// Copy what swapped-out groups hold and no slot uses any more, as far as the swap space goes.
-  void swap_out_held();
-  /// Pages to copy if all live slots are swapped out together and nothing stays held but what is
-  /// pinned.
-  [[nodiscard]] std::size_t num_copies_to_sleep();
 
   /// Keep cached pages from eviction; undone by unpin_pages.
   void pin_pages(const std::vector<PageId>& pages);
@@ -165,15 +162,18 @@ class KVArena {
   /// only where something waits for one: a step that needs no page makes no driver call.
   [[nodiscard]] Epoch begin_step(Stream stream);
   void end_step(Epoch epoch);
+  void check_between_steps();  ///< Throws ConfigError if a step is open.
 
   /// Take back all ahead and parked pages, then destroy free ones beyond `keep_free`; the count.
   std::size_t trim(std::size_t keep_free);
   /// New cap and watermarks. Pages in use beyond the cap leave as they are freed.
   void resize(std::size_t max_pages, std::size_t low_pages, std::size_t high_pages);
+  void set_low_pages(std::size_t low_pages);  ///< Move the low watermark alone.
 
   /// Rows of the slot that are mapped in every region and not retired.
   [[nodiscard]] std::size_t mapped_rows(std::uint32_t slot);
   [[nodiscard]] std::size_t max_slot_rows();  ///< most rows one slot could ever get
+  [[nodiscard]] std::size_t max_pages();      ///< the cap
   /// Pages by which the last call that failed was short; 0 if it failed for another reason.
   [[nodiscard]] std::size_t last_shortage();
   /// Pages that can be had without eviction: free, creatable, parked, or waiting for a fence.
@@ -190,6 +190,11 @@ class KVArena {
   /// retired page counts once for each slot that still maps it, also if it is in use elsewhere.
   [[nodiscard]] std::vector<SlotMap> page_map();
   void wait_worker();  ///< Until the worker has nothing to do.
+  /// From now on the worker's jobs wait for run_worker(); without a worker there are none.
+  /// Throws ConfigError where the driver wants a thread of its own for them.
+  void pause_worker();
+  /// Do at most `max_jobs` of them on the calling thread; how many. Requires: paused.
+  std::size_t run_worker(std::size_t max_jobs);
   /// `cached`: all pages that the prefix index refers to, as often as it does.
   void check_invariants(const std::vector<PageId>& cached = {});
 
@@ -286,10 +291,16 @@ class KVArena {
   void forget_group(std::map<std::uint64_t, SwappedGroup>::iterator group);
   [[nodiscard]] std::optional<std::vector<std::shared_ptr<char[]>>> copy_out(
       const std::vector<PageId>& pages) const;
+  void hold_copies(const std::map<PageId, std::shared_ptr<char[]>>& copy_of);
   void hold_copy(SwappedGroup* group, std::size_t idx, std::shared_ptr<char[]> copy);
   void drop_held(SwappedGroup* group, std::size_t idx);
   void drop_copy(SwappedGroup* group, std::size_t idx);
-  [[nodiscard]] SwappedGroup pack_group(const Slots& slots, std::vector<PageId>* copied) const;
+  using Places = std::map<PageId, std::uint32_t>;
+  [[nodiscard]] Places count_places(const Slots& slots) const;
+  [[nodiscard]] SwappedGroup pack_group(const Slots& slots, const Places& places,
+                                        std::vector<PageId>* copied) const;
+  [[nodiscard]] std::vector<PageId> held_by_groups_alone(const SwappedGroup& group,
+                                                         const Places& places) const;
   [[nodiscard]] Prefix start_of(const SwappedGroup& group, const SwappedSlot& slot,
                                 const std::vector<PageId>& pages) const;
   [[nodiscard]] bool acquire_group(Lock& lock, const SwappedGroup& group,
@@ -336,6 +347,7 @@ class KVArena {
   template <typename Condition>
   void wait(Lock& lock, Condition condition);
   void wait_landed(Lock& lock);
+  void refuse_open_step() const;
   void want_fence(Epoch epoch) noexcept;
   void advance();
   void poll_fences();

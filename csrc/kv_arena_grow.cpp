@@ -421,6 +421,28 @@ void KVArena::wait_worker() {
   if (worker != nullptr) worker->wait_idle();  // without the lock, which the worker needs to finish
 }
 
+void KVArena::pause_worker() {
+  std::shared_ptr<CommitWorker> worker;
+  {
+    const Lock lock = enter();
+    if (driver_->is_async()) {
+      throw ConfigError("the worker of a '" + std::string(driver_->name()) +
+                        "' driver cannot be paused; its calls need a thread of their own");
+    }
+    worker = worker_;
+  }
+  if (worker != nullptr) worker->pause();
+}
+
+std::size_t KVArena::run_worker(std::size_t max_jobs) {
+  std::shared_ptr<CommitWorker> worker;
+  {
+    const Lock lock = enter();
+    worker = worker_;
+  }
+  return worker == nullptr ? 0 : worker->run(max_jobs);
+}
+
 void KVArena::prefetch(std::size_t num_rows) {
   const Lock lock = enter();
   if (worker_ == nullptr || num_rows == 0 || num_rows > config_.max_rows) return;

@@ -30,6 +30,11 @@ std::size_t KVArena::mapped_rows(std::uint32_t slot) {
   return num_rows;
 }
 
+std::size_t KVArena::max_pages() {
+  const Lock lock = enter();
+  return config_.max_pages;
+}
+
 std::size_t KVArena::max_slot_rows() {
   const Lock lock = enter();
   std::size_t low = 0, high = config_.max_rows;

@@ -248,4 +248,9 @@ void KVArena::resize(std::size_t max_pages, std::size_t low_pages, std::size_t h
   reclaim(pool.num_created - max_pages);
 }
 
+void KVArena::set_low_pages(std::size_t low_pages) {
+  const Lock lock = enter();
+  config_.low_pages = low_pages;
+}
+
 }  // namespace vmalloc

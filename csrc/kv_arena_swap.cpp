@@ -8,46 +8,62 @@
 
 namespace vmalloc {
 
-std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots) {
+std::optional<std::uint64_t> KVArena::try_swap_out(const Slots& slots, bool with_held) {
   Lock lock = enter();
   ++num_calls_;
   for (const std::uint32_t slot : slots) live_slot_once(slot);
   wait_landed(lock);
+  const Places places = count_places(slots);
   std::vector<PageId> copied;
-  SwappedGroup group = pack_group(slots, &copied);
+  SwappedGroup group = pack_group(slots, places, &copied);
+  group.num_copies = copied.size();
+  if (with_held) {
+    const std::vector<PageId> held = held_by_groups_alone(group, places);
+    copied.insert(copied.end(), held.begin(), held.end());
+  }
   const std::size_t num_bytes = copied.size() * totals_.page_bytes;
   if (totals_.swapped_bytes + num_bytes > config_.swap_bytes) return std::nullopt;
   auto copies = copy_out(copied);
   if (!copies) return std::nullopt;
-  group.copies = std::move(*copies);
+  // Nothing fails from here on.
+  const auto end_own = copies->begin() + static_cast<std::ptrdiff_t>(group.num_copies);
+  group.copies.assign(copies->begin(), end_own);
+  std::map<PageId, std::shared_ptr<char[]>> copy_of;
+  for (std::size_t i = group.num_copies; i < copied.size(); ++i) copy_of[copied[i]] = (*copies)[i];
   for (const PageId page : group.held) {
     check_invariant(pool_.try_hold(page), "a live slot has a page that nobody refers to");
   }
-  group.num_copies = copied.size();
   totals_.swapped_bytes += num_bytes;
-  totals_.swap_out_pages += group.num_copies;
+  totals_.swap_out_pages += copied.size();
   const std::uint64_t id = next_group_++;
   swapped_.emplace(id, std::move(group));
   for (const std::uint32_t slot : slots) end_sequence(slot);
+  hold_copies(copy_of);
   return id;
 }
 
-/// Say for every page that rows of the slots need whether it is copied or held, each once.
-SwappedGroup KVArena::pack_group(const Slots& slots, std::vector<PageId>* copied) const {
-  std::map<PageId, std::uint32_t> num_places;
+/// How often rows of the slots need each page.
+KVArena::Places KVArena::count_places(const Slots& slots) const {
+  Places places;
   for (const std::uint32_t slot : slots) {
     for (std::size_t r = 0; r < regions_.size(); ++r) {
       const std::size_t needed = pages_needed(r, slots_[slot].committed_rows());
-      for (std::size_t i = 0; i < needed; ++i) ++num_places[slots_[slot].regions[r].pages[i]];
+      for (std::size_t i = 0; i < needed; ++i) ++places[slots_[slot].regions[r].pages[i]];
     }
   }
+  return places;
+}
+
+/// Say for every page that rows of the slots need whether it is copied or held, each once.
+SwappedGroup KVArena::pack_group(const Slots& slots, const Places& places,
+                                 std::vector<PageId>* copied) const {
   SwappedGroup group;
   std::map<PageId, SwappedPage> packed;
   const auto pack = [&](PageId page) {
     const auto found = packed.find(page);
     if (found != packed.end()) return found->second;
     // References from elsewhere: a slot outside the group, or a group swapped out before.
-    const bool is_held = pool_.num_users(page) > num_places[page];
+    const bool is_held = pool_.num_users(page) > places.at(page);
     std::vector<PageId>& list = is_held ? group.held : *copied;
     const SwappedPage entry{is_held, list.size()};
     list.push_back(page);
@@ -66,6 +82,22 @@ SwappedGroup KVArena::pack_group(const Slots& slots, std::vector<PageId>* copied
     group.slots.push_back(std::move(swapped));
   }
   return group;
+}
+
+/// What a new group and those before it would hold for nobody but each other, each once: no pin
+/// keeps it, and no slot but the new group's, which have it in so many `places`.
+std::vector<PageId> KVArena::held_by_groups_alone(const SwappedGroup& group,
+                                                  const Places& places) const {
+  std::set<PageId> pages(group.held.begin(), group.held.end());
+  for (const auto& [id, other] : swapped_) pages.insert(other.held.begin(), other.held.end());
+  pages.erase(kNoPage);
+  std::vector<PageId> alone;
+  for (const PageId page : pages) {
+    const auto found = places.find(page);
+    const std::uint32_t num_places = found == places.end() ? 0 : found->second;
+    if (pinned_.count(page) == 0 && pool_.num_live(page) == num_places) alone.push_back(page);
+  }
+  return alone;
 }
 
 std::optional<KVArena::Slots> KVArena::try_swap_in(std::uint64_t id) {
@@ -200,45 +232,12 @@ std::optional<std::vector<std::shared_ptr<char[]>>> KVArena::copy_out(
   return copies;
 }
 
-std::size_t KVArena::num_copies_to_sleep() {
-  const Lock lock = enter();
-  std::set<PageId> pages;
-  for (const Slot& slot : slots_) {
-    if (slot.state != SlotState::kLive) continue;
-    for (std::size_t r = 0; r < regions_.size(); ++r) {
-      const std::vector<PageId>& mapped = slot.regions[r].pages;
-      const std::size_t needed = pages_needed(r, slot.committed_rows());
-      pages.insert(mapped.begin(), mapped.begin() + static_cast<std::ptrdiff_t>(needed));
-    }
-  }
-  for (const auto& [id, group] : swapped_) pages.insert(group.held.begin(), group.held.end());
-  const auto is_copied = [this](PageId page) { return page != kNoPage && !pinned_.count(page); };
-  return static_cast<std::size_t>(std::count_if(pages.begin(), pages.end(), is_copied));
-}
-
-void KVArena::swap_out_held() {
-  Lock lock = enter();
-  wait_landed(lock);
-  const std::size_t num_left = (config_.swap_bytes - totals_.swapped_bytes) / totals_.page_bytes;
-  std::map<PageId, std::size_t> number_of;
-  std::vector<PageId> pages;
-  const auto is_unused = [this](PageId page) {
-    return page != kNoPage && pool_.num_live(page) == 0 && pinned_.count(page) == 0;
-  };
-  for (const auto& [id, group] : swapped_) {
-    for (const PageId page : group.held) {
-      if (pages.size() == num_left) break;
-      if (is_unused(page) && number_of.emplace(page, pages.size()).second) pages.push_back(page);
-    }
-  }
-  const auto copies = copy_out(pages);
-  if (!copies) return;
-  totals_.swapped_bytes += pages.size() * totals_.page_bytes;
-  totals_.swap_out_pages += pages.size();
+/// Let every group have the copies of these pages instead of the pages.
+void KVArena::hold_copies(const std::map<PageId, std::shared_ptr<char[]>>& copy_of) {
   for (auto& [id, group] : swapped_) {
     for (std::size_t i = 0; i < group.held.size(); ++i) {
-      const auto found = number_of.find(group.held[i]);
-      if (found != number_of.end()) hold_copy(&group, i, (*copies)[found->second]);
+      const auto found = copy_of.find(group.held[i]);
+      if (found != copy_of.end()) hold_copy(&group, i, found->second);
     }
   }
 }

@@ -6,7 +6,8 @@ Owns: the waiting and swapped queues.  Thread-safety: none; one engine thread.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class WaitingGroups:
 
     def __init__(self, policy: SchedulingPolicy) -> None:
         self._policy = policy
-        self.waiting: list[SequenceGroup] = []
+        self.waiting: deque[SequenceGroup] = deque()
         self.swapped: list[SequenceGroup] = []
 
     def __bool__(self) -> bool:
@@ -53,12 +54,16 @@ class WaitingGroups:
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a group by its status and rank."""
-        queue = self.swapped if group.status is GroupStatus.SWAPPED else self.waiting
-        insort(queue, group, key=_rank)
+        if group.status is GroupStatus.SWAPPED:
+            insort(self.swapped, group, key=_rank)
+        elif not self.waiting or self.waiting[-1].rank < group.rank:
+            self.waiting.append(group)
+        else:
+            insort(self.waiting, group, key=_rank)
 
     def remove_finished(self) -> None:
         """Take ended groups off the queues."""
-        self.waiting = [group for group in self.waiting if not group.is_finished]
+        self.waiting = deque(group for group in self.waiting if not group.is_finished)
         self.swapped = [group for group in self.swapped if not group.is_finished]
 
     def candidates(self, limit: int) -> Iterator[SequenceGroup]:
@@ -67,7 +72,8 @@ class WaitingGroups:
         Swapped-out groups ran before, so under ``"fcfs"`` they come before new ones.
         """
         first = [*islice(self.swapped, limit), *islice(self.waiting, limit)]
-        first.sort(key=_rank)
+        if self.swapped:
+            first.sort(key=_rank)
         return iter(first)
 
 
@@ -108,7 +114,12 @@ class Admission:
         return False
 
     def try_start(
-        self, group: SequenceGroup, budget: int, num_running_seqs: int, *, is_alone: bool
+        self,
+        group: SequenceGroup,
+        budget: int,
+        num_running_seqs: Callable[[], int],
+        *,
+        is_alone: bool,
     ) -> int | None:
         """Admit a waiting group; the tokens of its first sequence to compute now, or None."""
         hit = self._memory.find_prefix(group)
@@ -119,17 +130,17 @@ class Admission:
                 return None
         return self._memory.try_admit(group, budget, hit)
 
-    def has_room_to_return(self, group: SequenceGroup, num_running_seqs: int) -> bool:
+    def has_room_to_return(self, group: SequenceGroup, num_running_seqs: Callable[[], int]) -> bool:
         """Whether a swapped-out group would find headroom besides its own pages."""
         need = group.num_distinct_tokens() + self._extra_tokens(group, num_running_seqs)
         return self._backend.can_admit(need)
 
-    def _extra_tokens(self, group: SequenceGroup, num_running_seqs: int) -> int:
+    def _extra_tokens(self, group: SequenceGroup, num_running_seqs: Callable[[], int]) -> int:
         """Room for the tails of its other sequences, and for those that run to grow."""
         num_tails = (len(group.active) if group.is_expanded else group.width) - 1
         extra = num_tails * self._memory.share_tokens
         if group.metrics.num_preemptions > 0:
-            extra += READMIT_HEADROOM_TOKENS * num_running_seqs
+            extra += READMIT_HEADROOM_TOKENS * num_running_seqs()
         return extra
 
 

@@ -13,10 +13,10 @@ import torch
 from ..backend import KVBackend
 from ..config import DEFAULT_PAGE_BYTES, KVCacheConfig, LayerKVSpec
 from ..errors import ConfigError
+from ..host_memory import available_bytes
 from ..kernels.select import AttentionKernels
 from .cache_factory import CacheFactory
 from .config import EngineConfig
-from .host_memory import available_bytes
 from .model_loader import context_tokens
 from .probe import ProbedModel
 

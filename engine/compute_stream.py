@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,9 +53,13 @@ class StepTimer:
 
     On a GPU a clock around a launch measures nothing: events before and after the work are read
     once the stream is past both, usually a step later. Not yet run on a GPU.
+
+    Args:
+        clock: seconds, for work on the CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._has_events = device.type == "cuda"
         self._started: Any = None
         self._pending: deque[tuple[int, Any, Any]] = deque()
@@ -84,7 +89,7 @@ class StepTimer:
 
     def _now(self) -> Any:
         if not self._has_events:
-            return time.perf_counter()
+            return self._clock()
         cuda: Any = torch.cuda
         event = cuda.Event(enable_timing=True)
         event.record()

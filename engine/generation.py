@@ -64,13 +64,21 @@ class Generation:
         scheduler: told what was computed and what ended.
         tokenizer: for the text of logprobs, or None.
         new_seq_id: names the sequences of requests that have several.
+        clock: seconds, for when tokens were there.
 
     Attributes:
         tokens: what is counted as steps go by.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Any, new_seq_id: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Any,
+        new_seq_id: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._scheduler = scheduler
+        self._clock = clock
         self._tokenizer = tokenizer
         self._new_seq_id = new_seq_id
         self._decoded_tokens: dict[int, str] = {}
@@ -90,7 +98,7 @@ class Generation:
                 row of ``scored_prompts(batch)`` included.
             ended: takes the groups that end here, also if this raises. Sequences without a new
                 token are then as if their last one was never run.
-            started: when the step began, in seconds of ``time.monotonic()``.
+            started: when the step began, by the same clock.
         """
         ends, scored = self._read(batch, logits)
         sampled = None
@@ -102,7 +110,7 @@ class Generation:
             scored_beams = score_beams(group.active[: len(rows)], own_logits)
             beams.append((group, own_logits, *scored_beams))
         # Tokens have come to the host by now, so what computed them is done.
-        now = time.monotonic()
+        now = self._clock()
         try:
             self._scheduler.complete(batch)
             for part in batch.groups:

@@ -8,10 +8,11 @@ Thread-safety: none; one engine thread.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from operator import gt
 from typing import TYPE_CHECKING
 
 from ..backend import PrefixHit, SequenceGroupSpec
-from .schedule import ScheduledGroup
+from .schedule import ScheduledBatch
 from .sequence import Sequence
 from .sequence_group import GroupStatus, SequenceGroup, common_prefix
 
@@ -92,21 +93,26 @@ class GroupMemory:
 
     def try_extend(self, seqs: SequenceABC[Sequence], totals: SequenceABC[int]) -> bool:
         """Back rows ``[0, totals[i])`` of every sequence, or change nothing."""
-        for seq, total in zip(seqs, totals, strict=True):
-            if total < seq.num_rows:  # a step that was not computed had more
-                self._shrink(seq, total)
+        if any(map(gt, [seq.num_rows for seq in seqs], totals)):
+            for seq, total in zip(seqs, totals, strict=True):
+                if total < seq.num_rows:  # a step that was not computed had more
+                    self._shrink(seq, total)
         if not self._backend.try_extend([seq.seq_id for seq in seqs], totals):
             return False
         for seq, total in zip(seqs, totals, strict=True):
             seq.num_rows = total
         return True
 
-    def note_computed(self, part: ScheduledGroup) -> None:
-        """Note that a step computed a group's part of it; others may share the tokens."""
-        for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
+    def note_computed(self, batch: ScheduledBatch) -> None:
+        """Note that a step computed its tokens; others may share them."""
+        for seq, num_new_tokens in zip(batch.seqs, batch.num_new_tokens, strict=True):
             seq.num_computed_tokens += num_new_tokens
-            if num_new_tokens > 1 or seq.num_computed_tokens % self.share_tokens == 0:
-                self._register(part.group, seq)
+        if not self._caches_prefixes:
+            return
+        for part in batch.groups:
+            for seq, num_new_tokens in zip(part.seqs, part.num_new_tokens, strict=True):
+                if num_new_tokens > 1 or seq.num_computed_tokens % self.share_tokens == 0:
+                    self._register(part.group, seq)
 
     def free(self, group: SequenceGroup) -> None:
         """Give back all KV of a group, swapped out or not."""

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from ..backend import KVBackend, KVCacheStats, PrefixCacheStats
-from ..errors import ClosedError, ConfigError, VmallocError
+from ..errors import ClosedError, ConfigError, DriverError, VmallocError
 from ..page_map import PageMap
 from .assembly import assemble
 from .compute_stream import StepTimer, current_stream_handle
@@ -24,6 +24,7 @@ from .decode_graphs import DecodeGraphs, Recorder
 from .generation import Generation, scored_prompts
 from .model_loader import end_token_ids, vocab_size
 from .outputs import RequestOutput
+from .preemption_cost import PreemptionCost
 from .reporting import report
 from .request_reader import Prompt, RequestReader
 from .sampling_checks import check_salt
@@ -61,6 +62,8 @@ class LLMEngine:
         config: settings; ``engine.config`` has every None filled in.
         recorder: what decodes are recorded with, for tests; None: CUDA graphs on a GPU.
         phases: times what is done before the first step.
+        cost: what ``preemption_mode="auto"`` goes by until more was measured.
+        clock: seconds; all that is timed or measured goes by it, but for work on a GPU.
 
     Attributes:
         config: its settings, every None filled in.
@@ -78,6 +81,8 @@ class LLMEngine:
         *,
         recorder: Recorder | None = None,
         phases: StartupPhases | None = None,
+        cost: PreemptionCost | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         parts = assemble(
             model,
@@ -91,7 +96,8 @@ class LLMEngine:
         self._backend, self._kernels = parts.backend, parts.kernels
         self._runner = parts.runner
         self.fused_refusal = parts.fused_refusal
-        self._timer = StepTimer(parts.stream.device)
+        self._clock = clock
+        self._timer = StepTimer(parts.stream.device, clock)
         self._model = model
         self._tokenizer = tokenizer
         self._requests: dict[str, SequenceGroup] = {}
@@ -106,6 +112,7 @@ class LLMEngine:
             vocab_size=vocab_size(model),
             end_token_ids=end_token_ids(model, tokenizer),
             config=self.config,
+            clock=clock,
         )
         self._scheduler = Scheduler(
             self._backend,
@@ -113,8 +120,10 @@ class LLMEngine:
             max_num_batched_tokens=self.config.step_tokens,
             policy=self.config.scheduling_policy,
             preemption_mode=self.config.preemption_mode,
+            cost=cost,
+            clock=clock,
         )
-        self._generation = Generation(self._scheduler, tokenizer, self._reader.new_seq_id)
+        self._generation = Generation(self._scheduler, tokenizer, self._reader.new_seq_id, clock)
 
     @property
     def backend(self) -> KVBackend:
@@ -257,14 +266,14 @@ class LLMEngine:
         self._check_awake()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
-        started = time.monotonic()
+        started = self._clock()
         logits = self._compute(batch)
         to_report = list(self._ended)
         if logits is not None:
             to_report.extend(self._generation.advance(batch, logits, self._ended, started))
         for num_tokens, seconds in self._timer.take_finished():
             self._scheduler.cost.observe_prefill(num_tokens, seconds)
-        now = time.monotonic()
+        now = self._clock()
         outputs = []
         for group in to_report:
             if group.is_finished:
@@ -284,13 +293,18 @@ class LLMEngine:
         afterwards. Cached prefixes are lost. Requests may be added and aborted meanwhile.
         """
         self._check_awake()
-        if not self._backend.try_sleep():
-            self._scheduler.preempt_all()
+        try:
             if not self._backend.try_sleep():
-                raise VmallocError(
-                    "the KV cache cannot sleep although no sequence is live: a "
-                    f"{self._backend.name} one on {self.config.device} gave no memory back"
-                )
+                self._scheduler.preempt_all()
+                if not self._backend.try_sleep():
+                    raise VmallocError(
+                        "the KV cache cannot sleep although no sequence is live: pinned prefixes "
+                        f"exceed the cap, or a {self._backend.name} one on {self.config.device} "
+                        "gives no memory back"
+                    )
+        except DriverError:
+            self._is_asleep = True  # or not: only ``wake`` can tell
+            raise
         self._is_asleep = True
 
     @_on_stream

@@ -15,6 +15,7 @@ from .. import choose_backend, create_kv_backend
 from ..backend import KVBackend
 from ..config import KVCacheConfig, LayerKVSpec
 from ..factory import BackendChoice, page_bytes_of
+from ..host_memory import available_bytes
 from ..kernels.select import select_kernels
 from .assembly import graph_bytes
 from .cache_factory import CacheFactory
@@ -22,7 +23,6 @@ from .cache_setup import cache_config, resolve_config, resolve_max_model_len
 from .config import EngineConfig
 from .device_memory import MemoryUse, kv_capacity
 from .devices import choose_device
-from .host_memory import available_bytes
 from .model_loader import outline_model, resolve_model_name
 from .probe import observe_outline
 from .workspace import estimate_workspace, has_experts, without_experts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from .group_memory import GroupMemory
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def choose_victim(running: Sequence[SequenceGroup]) -> SequenceGroup:
+def choose_victim(running: Collection[SequenceGroup]) -> SequenceGroup:
     """The group that ranks last, of those that made progress since they were last preempted.
 
     The group that ranks first is never given up for another: it always gets to its end, and then
     the next one is first, so every group does.
     """
-    first = min(running, key=_rank)
-    candidates = [group for group in running if group is not first and not group.is_shielded]
+    candidates = [group for group in running if not group.is_shielded]
+    if len(candidates) == 1 and candidates[0] is min(running, key=_rank):
+        candidates = []
     return max(candidates or running, key=_rank)
 
 

@@ -26,14 +26,21 @@ class PreemptionCost:
     A linear model, as in section 7.3 of the PagedAttention paper (SOSP 2023): recomputing costs by
     the token, swapping by the byte, each way.
 
+    Args:
+        prefill_seconds, swap_bandwidth: what holds until something was measured.
+
     Attributes:
         prefill_seconds: per token.
         swap_bandwidth: bytes per second, one way.
     """
 
-    def __init__(self) -> None:
-        self.prefill_seconds = FIRST_PREFILL_SECONDS
-        self.swap_bandwidth = FIRST_SWAP_BANDWIDTH
+    def __init__(
+        self,
+        prefill_seconds: float = FIRST_PREFILL_SECONDS,
+        swap_bandwidth: float = FIRST_SWAP_BANDWIDTH,
+    ) -> None:
+        self.prefill_seconds = prefill_seconds
+        self.swap_bandwidth = swap_bandwidth
         self._has_prefilled = False
         self._has_swapped = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class RequestReader:
         vocab_size: of the model.
         end_token_ids: tokens that end a text, unless a request ignores them.
         config: resolved settings.
+        clock: seconds, for times of arrival.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class RequestReader:
         vocab_size: int,
         end_token_ids: frozenset[int],
         config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.max_model_len is not None
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self.end_token_ids = end_token_ids
         self._config = config
+        self._clock = clock
         self._max_model_len = config.max_model_len
         self._grammars = StructuredOutputCompiler(tokenizer, vocab_size, end_token_ids)
         self._seeds = random.Random(config.seed)
@@ -129,7 +133,7 @@ class RequestReader:
             arrival_idx=self._num_requests,
             priority=priority,
             prompt=request.text,
-            arrival_time=time.monotonic(),
+            arrival_time=self._clock(),
             make_detokenizer=make_detokenizer,
         )
         if params.prompt_logprobs is not None:

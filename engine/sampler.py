@@ -52,6 +52,9 @@ class SampledTokens:
 @torch.inference_mode()
 def sample(seqs: SequenceABC[Sequence], logits: Tensor) -> SampledTokens:
     """Choose a token per sequence from float32 ``logits [num_seqs, vocab_size]`` (not changed)."""
+    best_ids = _best_tokens(seqs, logits)
+    if best_ids is not None:
+        return SampledTokens(list(best_ids), [None] * len(seqs), [None] * len(seqs))
     _complete_filters(seqs, logits)
     allowed, failed = apply_filters(seqs, logits)
     wanted = [
@@ -98,6 +101,22 @@ def score_beams(seqs: SequenceABC[Sequence], logits: Tensor) -> tuple[Tensor, st
     if not bool((scores > -torch.inf).any()):
         return scores, next(iter(errors.values()), None) or _explain(seqs[0], logits[0])
     return scores, None
+
+
+def _best_tokens(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int] | None:
+    """Each row's most likely token, if that is all there is to find on the CPU; else None.
+
+    NumPy finds it ten times as fast as torch, which at a few hundred logits a row would take a
+    good part of a step.
+    """
+    if logits.device.type != "cpu" or not all(seq.takes_best for seq in seqs):
+        return None
+    values = logits.numpy()
+    best = values.argmax(axis=1)
+    if not np.isfinite(values[np.arange(len(best)), best]).all():  # somebody's error
+        return None
+    token_ids: list[int] = best.tolist()
+    return token_ids
 
 
 def _pick(

@@ -28,12 +28,14 @@ class ScheduledBatch:
         groups: groups that have a part in it, in order.
         seqs: sequences in the packed batch, in order; those of a group stand together.
         num_new_tokens: tokens each of them computes; their rows are backed.
+        num_decodes: sequences at the start of ``seqs`` that decode; the others prefill.
         failed: groups that ended here, or in a call that raised, as their KV can never fit.
     """
 
     groups: list[ScheduledGroup]
     seqs: list[Sequence]
     num_new_tokens: list[int]
+    num_decodes: int
     failed: list[SequenceGroup]
 
 

@@ -7,6 +7,7 @@ Thread-safety: none; one engine thread.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .admission import Admission, WaitingGroups
 from .group_memory import GroupMemory
 from .preemption import Preemptor, choose_victim
 from .preemption_cost import PreemptionCost
+from .running_groups import RunningGroups
 from .schedule import ScheduledBatch, ScheduledGroup, SchedulerStats
 from .sequence import Sequence
 from .sequence_group import GroupStatus, SequenceGroup
@@ -62,16 +64,24 @@ class Scheduler:
             backend, self._memory, mode=preemption_mode, cost=self.cost, clock=clock
         )
         self._queue = WaitingGroups(policy)
-        self.running: list[SequenceGroup] = []
+        self._running = RunningGroups()
+        self._shielded: dict[SequenceGroup, None] = {}
         self._num_steps = 0
         self._num_stalls = 0
         self._failed: list[SequenceGroup] = []
-        # Tokens of this step, by sequence; dropped again if its group is preempted.
-        self._scheduled: dict[int, int] = {}
+        # What this step computes; dropped again if the group is preempted.
+        self._decodes: list[ScheduledGroup] = []
+        self._decode_seqs: list[Sequence] = []
+        self._prefills: dict[SequenceGroup, ScheduledGroup] = {}
         self._budget = 0  # what is left of max_num_batched_tokens
 
     @property
-    def waiting(self) -> list[SequenceGroup]:
+    def running(self) -> list[SequenceGroup]:
+        """Groups that have KV, in the order in which they got it."""
+        return list(self._running)
+
+    @property
+    def waiting(self) -> deque[SequenceGroup]:
         """Groups without KV, best rank first."""
         return self._queue.waiting
 
@@ -88,16 +98,16 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         """Whether any group waits or runs, or failed and was not handed over yet."""
-        return bool(self.running or self._queue or self._failed)
+        return bool(self._running or self._queue or self._failed)
 
     def stats(self) -> SchedulerStats:
         """Queues and counters now."""
         preemptor = self._preemptor
         return SchedulerStats(
             num_waiting=len(self.waiting),
-            num_running=len(self.running),
+            num_running=len(self._running),
             num_swapped=len(self.swapped),
-            num_running_seqs=sum(len(group.active) for group in self.running),
+            num_running_seqs=self._running.num_seqs(),
             preempt_swap=preemptor.num_swaps,
             preempt_recompute=preemptor.num_recomputes,
             preempted_tokens=preemptor.num_recomputed_tokens,
@@ -106,7 +116,7 @@ class Scheduler:
 
     def add(self, group: SequenceGroup, *, may_prefetch: bool = True) -> None:
         """Queue a new group; ``may_prefetch``: the backend may get ready for it."""
-        if may_prefetch and len(self.waiting) + len(self.running) < self._max_num_seqs:
+        if may_prefetch and len(self.waiting) + len(self._running) < self._max_num_seqs:
             self._prefetch(group)
         self._queue.rank(group, self._num_steps)
         self._queue.add(group)
@@ -118,14 +128,15 @@ class Scheduler:
         preempted, groups that come back and new ones.
         """
         self._num_steps += 1
-        self._scheduled = {}
+        self._prefills = {}
         self._budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
-        self._schedule_prefills(self._schedule_decodes())
+        self._schedule_decodes()
+        self._schedule_prefills()
         if self._queue and self.num_preemptions == num_preemptions:
             self._admit()
         batch = self._batch()
-        if batch.seqs or not (self._queue or self.running):
+        if batch.seqs or not (self._queue or self._running):
             self._num_stalls = 0
         else:
             self._num_stalls += 1
@@ -137,12 +148,17 @@ class Scheduler:
             self._prefetch(self.waiting[0])
         return batch
 
+    def skip_steps(self, num_steps: int) -> None:
+        """Count steps that nobody asked for, as they would change no more than some lengths."""
+        self._num_steps += num_steps
+
     def complete(self, batch: ScheduledBatch) -> None:
         """Note that a step computed its tokens."""
-        for part in batch.groups:
-            self._memory.note_computed(part)
-            if part.group.is_shielded and part.seqs[0].num_uncomputed_tokens == 0:
-                part.group.is_shielded = False
+        self._memory.note_computed(batch)
+        for group in list(self._shielded):
+            if group.is_finished or group.active[0].num_uncomputed_tokens == 0:
+                group.is_shielded = False
+                del self._shielded[group]
 
     def release(self, groups: list[SequenceGroup]) -> None:
         """Free the KV of ended sequences, and take ended groups off the queues."""
@@ -154,7 +170,7 @@ class Scheduler:
                 continue
             self._memory.free(group)
             if group.status is GroupStatus.RUNNING:
-                self.running.remove(group)
+                self._running.remove(group)
             else:
                 was_queued = True
             group.status = GroupStatus.FINISHED
@@ -165,73 +181,72 @@ class Scheduler:
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take the KV of a running group, by swap or recompute; it comes back when it can."""
-        for seq in group.active:
-            self._budget += self._scheduled.pop(seq.seq_id, 0)
+        self._unschedule(group)
         self._preemptor.preempt(group)
-        self.running.remove(group)
+        self._shielded[group] = None
+        self._running.remove(group)
         self._queue.add(group)
 
     def preempt_all(self) -> None:
         """Drop the KV of every group; all wait to be computed again."""
-        for group in [*self.running, *self.swapped]:
+        for group in [*self._running, *self.swapped]:
             if group.status is GroupStatus.SWAPPED:
                 self._drop_swapped(group)
             else:
                 self._preemptor.drop(group)
-                self.running.remove(group)
+                self._running.remove(group)
                 self._queue.add(group)
 
     def _batch(self) -> ScheduledBatch:
-        scheduled = self._scheduled
-        parts: list[ScheduledGroup] = []
-        all_seqs: list[Sequence] = []
-        all_counts: list[int] = []
-        for group in self.running:
-            seqs = [seq for seq in group.active if seq.seq_id in scheduled]
-            if seqs:
-                counts = [scheduled[seq.seq_id] for seq in seqs]
-                parts.append(ScheduledGroup(group, seqs, counts))
-                all_seqs += seqs
-                all_counts += counts
+        prefills = list(self._prefills.values())
+        num_decodes = len(self._decode_seqs)
+        seqs, counts = self._decode_seqs, [1] * num_decodes
+        for part in prefills:
+            seqs += part.seqs
+            counts += part.num_new_tokens
         failed, self._failed = self._failed, []
-        return ScheduledBatch(parts, all_seqs, all_counts, failed)
+        return ScheduledBatch(self._decodes + prefills, seqs, counts, num_decodes, failed)
 
-    def _schedule_tokens(self, seq: Sequence, num_new_tokens: int) -> None:
-        self._scheduled[seq.seq_id] = num_new_tokens
-        self._budget -= num_new_tokens
+    def _unschedule(self, group: SequenceGroup) -> None:
+        """Drop a group's part in the step."""
+        part = self._prefills.pop(group, None)
+        if part is None:
+            part = next((part for part in self._decodes if part.group is group), None)
+            if part is None:
+                return
+            self._decodes.remove(part)
+            self._decode_seqs = [seq for seq in self._decode_seqs if seq not in part.seqs]
+        self._budget += sum(part.num_new_tokens)
 
-    def _schedule_decodes(self) -> list[SequenceGroup]:
-        """Schedule the groups that decode; the other running ones."""
-        for group in [group for group in self.running if group.needs_kv_change]:
+    def _schedule_decodes(self) -> None:
+        self._decodes, self._decode_seqs = [], []
+        running = self._running
+        for group in [group for group in running.unsteady if group.needs_kv_change]:
             while group.status is GroupStatus.RUNNING and not self._memory.try_prepare(group):
                 if self._can_wait():
                     break
                 self._evict()
-        ready: list[SequenceGroup] = []
-        others: list[SequenceGroup] = []
-        for group in self.running:
-            (ready if group.is_decoding else others).append(group)
-        while ready and not self._try_decode(ready):
+        running.find_decoding()
+        while (seqs := running.decode_seqs()) and not self._try_decode(seqs):
             if self._can_wait():
-                ready = [group for group in ready if self._try_decode([group])]
-                break
+                for part in running.decode_parts():
+                    if self._try_decode(part.seqs):
+                        self._note_decodes([part], part.seqs)
+                return
             self._evict()
-            ready = [group for group in ready if group.status is GroupStatus.RUNNING]
-        self._schedule_one_each(ready)
-        return others
+        self._note_decodes(running.decode_parts(), seqs)
 
-    def _schedule_one_each(self, groups: list[SequenceGroup]) -> None:
-        for group in groups:
-            for seq in group.active:
-                self._scheduled[seq.seq_id] = 1
-            self._budget -= len(group.active)
+    def _note_decodes(self, parts: list[ScheduledGroup], seqs: list[Sequence]) -> None:
+        self._decodes += parts
+        self._decode_seqs += seqs
+        self._budget -= len(seqs)
 
-    def _try_decode(self, groups: list[SequenceGroup]) -> bool:
-        seqs = [seq for group in groups for seq in group.active]
-        return self._memory.try_extend(seqs, [len(seq.token_ids) for seq in seqs])
+    def _try_decode(self, seqs: list[Sequence]) -> bool:
+        return self._memory.try_extend(seqs, [seq.num_computed_tokens + 1 for seq in seqs])
 
-    def _schedule_prefills(self, groups: list[SequenceGroup]) -> None:
-        for group in sorted(groups, key=lambda group: group.rank):
+    def _schedule_prefills(self) -> None:
+        """Schedule the running groups that do not decode."""
+        for group in sorted(self._running.unready(), key=lambda group: group.rank):
             for seq in list(group.active):
                 while (
                     group.status is GroupStatus.RUNNING
@@ -239,11 +254,19 @@ class Scheduler:
                 ):
                     total = seq.num_computed_tokens + num_new_tokens
                     if self._memory.try_extend([seq], [total]):
-                        self._schedule_tokens(seq, num_new_tokens)
+                        self._schedule_prefill(group, seq, num_new_tokens)
                         break
                     if self._can_wait():
                         break
                     self._evict()
+
+    def _schedule_prefill(self, group: SequenceGroup, seq: Sequence, num_new_tokens: int) -> None:
+        part = self._prefills.get(group)
+        if part is None:
+            part = self._prefills[group] = ScheduledGroup(group, [], [])
+        part.seqs.append(seq)
+        part.num_new_tokens.append(num_new_tokens)
+        self._budget -= num_new_tokens
 
     def _next_chunk(self, group: SequenceGroup, seq: Sequence) -> int:
         if not seq.has_kv:
@@ -257,22 +280,22 @@ class Scheduler:
         if self._backend.stats().retired_pages > 0:
             return True
         # Alone and within the pool's size: a passing shortage of the host, not of the pool.
-        if len(self.running) > 1 or self.swapped:
+        if len(self._running) > 1 or self.swapped:
             return False
-        (alone,) = self.running
+        (alone,) = self._running
         return len(alone.seqs) == 1 and alone.root.num_tokens <= self._backend.max_seq_tokens()
 
     def _evict(self) -> None:
         """Take the KV of the group that can best do without; alone, it ends with an error."""
-        victim = choose_victim(self.running)
-        if len(self.running) == 1 and self.swapped:
+        victim = choose_victim(self._running)
+        if len(self._running) == 1 and self.swapped:
             self._drop_swapped(self.swapped[-1])  # it may hold pages that both shared
             return
-        if len(self.running) > 1:
+        if len(self._running) > 1:
             self.preempt(victim)
         else:
-            self.running.remove(victim)
-            self._scheduled.clear()
+            self._unschedule(victim)
+            self._running.remove(victim)
             self._fail(victim, "ran out of KV memory with nothing left to preempt")
 
     def _drop_swapped(self, group: SequenceGroup) -> None:
@@ -282,8 +305,10 @@ class Scheduler:
         self._queue.add(group)
 
     def _admit(self) -> None:
-        num_seats = sum(group.num_seats for group in self.running)
-        prefills = [group for group in self.running if not group.is_decoding]
+        num_seats = self._running.num_seats()
+        if self._budget <= 0 or num_seats >= self._max_num_seqs:
+            return
+        prefills = self._running.unready()
         for group in self._queue.candidates(self._max_num_seqs):
             num_seats += group.num_seats
             if self._budget <= 0 or num_seats > self._max_num_seqs:
@@ -304,10 +329,10 @@ class Scheduler:
 
     def _try_start(self, group: SequenceGroup) -> bool:
         num_new_tokens = self._admission.try_start(
-            group, self._budget, self._num_running_seqs(), is_alone=not self.running
+            group, self._budget, self._running.num_seqs, is_alone=not self._running
         )
         if num_new_tokens is None:
-            if self.running or self._num_stalls < MAX_STALLS:
+            if self._running or self._num_stalls < MAX_STALLS:
                 return False
             if self.swapped:
                 self._drop_swapped(self.swapped[-1])
@@ -318,33 +343,32 @@ class Scheduler:
             return True
         self.waiting.remove(group)
         group.status = GroupStatus.RUNNING
-        self.running.append(group)
+        self._running.add(group)
         seq = next(seq for seq in group.active if seq.has_kv)
         if num_new_tokens > 0:
-            self._schedule_tokens(seq, num_new_tokens)
+            self._schedule_prefill(group, seq, num_new_tokens)
         return True
 
     def _try_return(self, group: SequenceGroup) -> bool:
         """Bring a swapped-out group back, and let it run at once if it can."""
-        if self.running and not self._admission.has_room_to_return(group, self._num_running_seqs()):
+        num_seqs = self._running.num_seqs
+        if self._running and not self._admission.has_room_to_return(group, num_seqs):
             return False
         if not self._preemptor.try_return(group):
-            if not self.running and self._num_stalls >= MAX_STALLS:
+            if not self._running and self._num_stalls >= MAX_STALLS:
                 self._drop_swapped(self.swapped[-1])
             return False
         self.swapped.remove(group)
-        self.running.append(group)
+        self._running.add(group)
         if (
             len(group.active) <= self._budget
             and self._memory.try_prepare(group)
             and group.is_decoding
-            and self._try_decode([group])
+            and self._try_decode(group.active)
         ):
-            self._schedule_one_each([group])
+            part = self._running.note_decoding(group)
+            self._note_decodes([part], part.seqs)
         return True
-
-    def _num_running_seqs(self) -> int:
-        return sum(len(group.active) for group in self.running)
 
     def _fail(self, group: SequenceGroup, what: str) -> None:
         size = f"{max(seq.num_tokens for seq in group.active)} tokens"

@@ -28,6 +28,7 @@ class Sequence:
         has_kv: whether the cache knows it, swapped out or not.
         seed: 64-bit key of its random numbers.
         filters: what changes its logits before a token is chosen; None if nothing does.
+        takes_best: whether its next token is the most likely one and nobody asks for more.
         is_end_reported: whether an output said that it ended.
         num_unstoppable_chars: leading text from before ``min_tokens``, where no stop string counts.
         num_searched_chars: leading text that was searched for stop strings.
@@ -58,6 +59,7 @@ class Sequence:
         "seq_id",
         "stop_reason",
         "stop_token_ids",
+        "takes_best",
         "token_ids",
     )
 
@@ -83,6 +85,12 @@ class Sequence:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.filters = filters
+        self.takes_best = (
+            params.is_greedy
+            and not params.has_filters
+            and params.min_tokens == 0
+            and params.num_logprobs is None
+        )
         self.prompt_token_ids = prompt_token_ids
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)

@@ -20,6 +20,9 @@ from .sequence import Sequence
 TRIAL_BYTES = 64 * 1024 * 1024
 """Room for the pages of a few short sequences, on top of their rows; only what is used is taken."""
 
+MAX_TRIAL_TOKENS = 128
+"""Longest sequence of a check at load, which may be longer than ``max_model_len``."""
+
 
 def run_trial(
     make_forward: MakeForward,
@@ -36,6 +39,7 @@ def run_trial(
     The first step computes ``first_chunks[i]`` tokens of each prompt (None: all), the second the
     rest. ``pads_rows`` is ``ModelRunner``'s. Raises ``VmallocError`` if the cache has no room.
     """
+    assert max(map(len, prompts)) <= MAX_TRIAL_TOKENS
     row_bytes = sum(map(len, prompts)) * sum(layer.token_bytes for layer in layers)
     config = KVCacheConfig(
         layers=layers,

@@ -556,6 +556,7 @@ class Verdict:
         model_class: the class that was built; "" if none was.
         layer_types: ``full``, ``sliding`` or both; "" unless admitted.
         notes: what is special about its attention; "" unless admitted.
+        is_fused: whether the fused decoder computes it on the CPU.
         check: the probe's check that failed; "" unless refused.
         reason: the refusal's text, or the error's; "" if admitted.
     """
@@ -565,6 +566,7 @@ class Verdict:
     model_class: str = ""
     layer_types: str = ""
     notes: str = ""
+    is_fused: bool = False
     check: str = ""
     reason: str = ""
 
@@ -597,6 +599,7 @@ def _probe(architecture: Architecture, model: Any) -> Verdict:
     try:
         with LLMEngine(model, config=EngineConfig(max_num_seqs=2)) as engine:
             layers = engine.backend.config.layers
+            is_fused = engine.fused_refusal is None
             calls = _attention_calls(model)
     except UnsupportedModelError as error:
         return Verdict(
@@ -606,7 +609,12 @@ def _probe(architecture: Architecture, model: Any) -> Verdict:
         # Not a refusal: the probe should have said no, or the engine is broken.
         return _error(architecture, "error of the engine, probing", error)
     return Verdict(
-        architecture, ADMITTED, model_class, _layer_types(layers), _notes(model, layers, calls)
+        architecture,
+        ADMITTED,
+        model_class,
+        _layer_types(layers),
+        _notes(model, layers, calls),
+        is_fused,
     )
 
 
@@ -707,6 +715,7 @@ def _admitted_section(verdicts: Sequence[Verdict]) -> str:
             f"`{verdict.model_class}`",
             verdict.layer_types,
             verdict.notes,
+            "yes" if verdict.is_fused else "",
             "yes" if verdict.architecture.key in exact else "",
         )
         for verdict in verdicts
@@ -714,10 +723,12 @@ def _admitted_section(verdicts: Sequence[Verdict]) -> str:
     ]
     intro = (
         "Layers are full or sliding as seen at the attention function, with the settings of the "
-        "tiny model. Token-exact: the test suite holds what the engine writes equal to "
-        "`model.generate()`, token for token, over ragged batches.\n"
+        "tiny model. Fused: on the CPU in float32 one native loop over the layers computes in the "
+        "place of the model's own forward pass ([architecture](architecture.md)). Token-exact: the "
+        "test suite holds what the engine writes equal to `model.generate()`, token for token, "
+        "over ragged batches.\n"
     )
-    header = ("Architecture", "Model class", "Layers", "Notes", "Token-exact in tests")
+    header = ("Architecture", "Model class", "Layers", "Notes", "Fused", "Token-exact in tests")
     return "\n".join([f"## Admitted ({len(rows)})", "", intro, _table(header, rows)])
 
 

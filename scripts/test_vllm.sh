@@ -7,17 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 venv=${VLLM_VENV:-.venv-vllm}
-stamp="$venv/.installed-$(sha256sum scripts/requirements-vllm.txt | cut -c1-16)"
 
-if [ ! -e "$stamp" ]; then
-  echo "Setting up $venv: vLLM's CPU build, about 2.5 GB; several minutes the first time."
-  test -x "$venv/bin/python" || "$("$python" -c 'import sys; print(sys._base_executable)')" -m venv "$venv"
-  if ! "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r scripts/requirements-vllm.txt; then
-    echo "The packages of scripts/requirements-vllm.txt cannot be installed here."
-    [ "${VLLM_OPTIONAL:-0}" = 1 ] && echo "Skipped: the tests with vLLM." && exit 0
-    exit 1
-  fi
-  touch "$stamp"
+if ! PYTHON=$python scripts/install_vllm.sh "$venv"; then
+  [ "${VLLM_OPTIONAL:-0}" = 1 ] && echo "Skipped: the tests with vLLM." && exit 0
+  exit 1
 fi
 
 # The extension alone; the Python files are the working tree's.

@@ -89,7 +89,8 @@ def test_backend_protocol():
 
 
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
-    more = {"driver_name", "layout", "mapped_rows", "seq_len", "slot_of", "try_assign"}
+    more = {"driver_name", "layout", "mapped_rows", "pause_worker", "run_worker", "seq_len"}
+    more |= {"slot_of", "try_assign"}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
 
 

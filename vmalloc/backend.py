@@ -455,14 +455,24 @@ class KVBackend(Protocol):
 
         Cached prefixes that are not in use are lost; the virtual backend leaves pinned ones in
         place. Until ``try_wake`` every call but ``stats``, ``prefix_stats``, ``page_map``,
-        ``close`` and ``try_wake`` raises ``ConfigError``. False, and nothing changed, where the
-        swap space does not hold the live sequences, or they exceed a cap that was lowered, or the
-        memory cannot go without its addresses (paged on CUDA).
+        ``close`` and ``try_wake`` raises ``ConfigError``, so what sleeps can wake under its cap.
+        False, and nothing changed, where the swap space or the host does not hold the live
+        sequences, or what is committed exceeds a cap that was lowered, or the memory cannot go
+        without its addresses (paged on CUDA).
+
+        Raises:
+            ConfigError: a step is open.
+            DriverError: not all memory could be given back. The cache may sleep all the same;
+                ``try_wake`` undoes it.
         """
         ...
 
     def try_wake(self) -> bool:
-        """Undo ``try_sleep``; False if there is no memory for it now, True if it is awake."""
+        """Undo ``try_sleep``; True if it is awake.
+
+        False, and it sleeps on without memory, as long as the machine has none for it or kernels
+        of the last steps still read what they left.
+        """
         ...
 
     def check_invariants(self) -> None:

@@ -1,6 +1,6 @@
-"""The command line: ``vmalloc generate``, ``serve``, ``top``, ``bench`` and ``info``.
+"""The command line: ``vmalloc generate``, ``serve``, ``top``, ``bench``, ``ab`` and ``info``.
 
-Owns: what people read; the options are in ``cli_options.py`` and ``serve_options.py``.
+Owns: what people read; the options are in the ``*_options.py`` files.
 Thread-safety: none; one process, one command.
 
 The one file that may import the engine from the library, and it does so lazily: ``--help`` loads
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from . import ab_options as comparing
 from . import bench_options as benching
 from . import cli_options as options
 from . import serve_options as serving
@@ -289,6 +290,68 @@ def bench(
     else:
         Console().print(bench_report(result))
     if result.failures or result.num_unfinished:
+        raise typer.Exit(EXIT_FAILED_REQUEST)
+
+
+@app.command()
+def ab(
+    context: typer.Context,
+    model: options.Model = "demo",
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.Device = "auto",
+    enforce_eager: options.EnforceEager = False,
+    fused: options.FusedOption = options.Fused.AUTO,
+    backends: comparing.Backends = None,
+    workload: comparing.Workloads = None,
+    trace: comparing.Traces = None,
+    quick: comparing.Quick = False,
+    repeats: comparing.Repeats = None,
+    seed: comparing.Seed = 0,
+    kv_cache_memory_bytes: comparing.KVCacheMemoryBytes = None,
+    json_file: comparing.Json = Path("vmalloc-ab.json"),
+    html_file: comparing.Html = Path("vmalloc-ab.html"),
+    swap_space: options.SwapSpace = None,
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    page_size: options.PageSize = None,
+    block_size: options.BlockSize = 16,
+    layers_per_group: options.LayersPerGroup = None,
+    commit_ahead: options.CommitAhead = 4,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
+    batch_invariant: options.BatchInvariant = False,
+) -> None:
+    """Compare KV caches side by side: the same seeded requests, in turns, over one model.
+
+    Every side serves every workload several times, each time in a fresh engine. Reported are
+    throughput, latencies, memory by state, waste, the largest batch under a cap, preemptions and
+    the allocator's time: medians with the range of the runs, and the ratio of the first side over
+    the others. Where ranges overlap, it is a tie. All outputs are compared token for token; if they
+    differ, the exit status is 1.
+
+    Try: vmalloc ab --quick. Against what reserves ahead of need: vmalloc ab -w offline --backends
+    virtual,paged,max_length,power_of_two
+    """
+    _prepare_process(model)
+    from .engine import EngineConfig
+    from .engine.ab.command import compare_backends
+    from .engine.ab.experiment import ABSettings
+    from .engine.ab.workload import KINDS
+
+    names = [name for text in backends or ("virtual,paged",) for name in text.split(",")]
+    settings = ABSettings(
+        model=model,
+        backends=tuple(name.strip() for name in names),
+        workloads=tuple(workload or (() if trace else KINDS)),
+        traces=tuple(trace or ()),
+        repeats=repeats,
+        is_quick=quick,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        seed=seed,
+        config=EngineConfig(**_engine_settings(context.params)),
+    )
+    if not compare_backends(settings, json_file, html_file):
         raise typer.Exit(EXIT_FAILED_REQUEST)
 
 

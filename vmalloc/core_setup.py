@@ -47,9 +47,19 @@ def open_driver(name: str, device: str, page_bytes: int | None) -> _core.Driver:
     return make(page_bytes or DEFAULT_PAGE_BYTES)
 
 
-def make_arena(config: KVCacheConfig, driver: _core.Driver, layout: KVLayout) -> _core.KVArena:
-    """An arena over ``driver`` with the slots of ``layout``."""
+def make_arena(
+    config: KVCacheConfig,
+    driver: _core.Driver,
+    layout: KVLayout,
+    spare_pages: int | None = None,
+) -> _core.KVArena:
+    """An arena over ``driver`` with the slots of ``layout``.
+
+    ``spare_pages``: free pages that the worker keeps created; None: what suits the driver.
+    """
     max_pages = config.capacity_bytes // driver.page_bytes
+    if spare_pages is None:
+        spare_pages = _spare_pages(config, max_pages)
     return _core.KVArena(
         driver,
         layers=[_core_spec(layer) for layer in config.layers],
@@ -62,7 +72,7 @@ def make_arena(config: KVCacheConfig, driver: _core.Driver, layout: KVLayout) ->
         high_pages=high_pages(config, max_pages),
         ahead_rows=config.commit_ahead_tokens,
         lookahead_rows=config.lookahead_tokens,
-        spare_pages=_spare_pages(config, max_pages),
+        spare_pages=spare_pages,
         zero_on_reuse=config.zero_on_reuse or _mixes_dtypes(config),
         swap_bytes=config.swap_bytes,
         protect_shared=config.protect_shared,

@@ -6,7 +6,9 @@ Owns: which bytes the rows are.  Thread-safety: all methods, as the core's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
+from operator import index
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -17,10 +19,14 @@ from torch.utils.dlpack import from_dlpack
 from . import _core
 from .core_setup import open_driver
 from .device import DriverName, check_device, current_stream, resolve_driver, tensor_device
-from .errors import ConfigError
+from .errors import ClosedError, ConfigError, DriverError
+from .host_memory import available_bytes
 
 DriverChoice: TypeAlias = DriverName | _core.Driver
 """Where physical pages come from: as in ``KVCacheConfig``, or a driver that is made already."""
+
+MOST_BYTES = (1 << 63) - 1
+"""No size can be more: torch counts in int64."""
 
 
 class ElasticTensor:
@@ -58,21 +64,21 @@ class ElasticTensor:
         """See ``elastic_tensor``."""
         self._shape = _checked_shape(shape)
         self._dtype = _checked_dtype(dtype)
-        for name, value, least in (
-            ("num_tensors", num_tensors, 1),
-            ("spare_bytes", spare_bytes, 0),
-            ("capacity_bytes", 0 if capacity_bytes is None else capacity_bytes, 0),
-            ("page_bytes", 1 if page_bytes is None else page_bytes, 1),
-        ):
-            if value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        num_tensors = checked_size("num_tensors", num_tensors, 1)
+        spare_bytes = checked_size("spare_bytes", spare_bytes, 0)
+        if page_bytes is not None:
+            page_bytes = checked_size("page_bytes", page_bytes, 1)
         self._driver = _open_driver(str(device), driver, page_bytes)
         self._tensor_device = tensor_device(str(device))
         self._page_bytes = self._driver.page_bytes
         self._row_bytes = prod(self._shape[1:]) * self._dtype.itemsize
         num_bytes = self._shape[0] * self._row_bytes
         most = num_tensors * -(-num_bytes // self._page_bytes) * self._page_bytes
-        self._capacity_bytes = most if capacity_bytes is None else capacity_bytes
+        if most > MOST_BYTES:
+            raise ConfigError(f"the tensors would have {most} bytes; at most {MOST_BYTES} can be")
+        if capacity_bytes is None:
+            capacity_bytes = most
+        self._capacity_bytes = checked_size("capacity_bytes", capacity_bytes, 0)
         self._memory = _core.ElasticMemory(
             self._driver,
             num_regions=num_tensors,
@@ -187,19 +193,27 @@ class ElasticTensor:
             ConfigError: ``rows`` or the rows from ``first`` on are not whole pages; the ones are
                 not committed, or the others are.
         """
-        if not self._spans((rows, range(first, first + len(rows)))):
+        source = self._spans((rows,))
+        target = self._spans((range(first, first + len(rows)),))
+        if not source:
             return True
-        source = (rows.start * self._row_bytes, rows.stop * self._row_bytes)
-        return self._memory.try_alias(source, first * self._row_bytes, self._stream(stream))
+        return self._memory.try_alias(source[0], target[0][0], self._stream(stream))
 
     def create_spare(self, num_bytes: int) -> bool:
         """Take memory from the system until ``num_bytes`` are free, and keep so many from now on.
 
         Creating pages is the slow part of a commit on CUDA. False, having taken nothing, if the cap
         or the machine has not so many.
+
+        Raises:
+            DriverError: the driver failed; nothing was taken.
+            ClosedError: after ``close``, or in a forked child.
         """
-        if num_bytes < 0:
-            raise ConfigError(f"num_bytes is {num_bytes}; it must be 0 or more")
+        num_bytes = checked_size("num_bytes", num_bytes, 0)
+        stats = self._memory.stats()
+        missing = num_bytes - stats["free_pages"] * self._page_bytes
+        if missing > 0 and self._driver.name == "host" and missing > available_bytes():
+            return False  # the kernel would promise it, and end the process later
         return self._memory.try_create_spare(num_bytes // self._page_bytes)
 
     def trim(self) -> int:
@@ -207,10 +221,18 @@ class ElasticTensor:
         return self._memory.trim(0) * self._page_bytes
 
     def resize(self, capacity_bytes: int) -> None:
-        """Move the cap. Committed memory beyond it leaves as it is decommitted."""
-        if capacity_bytes < 0:
-            raise ConfigError(f"capacity_bytes is {capacity_bytes}; it must be 0 or more")
-        self._memory.resize(capacity_bytes // self._page_bytes)
+        """Move the cap. Committed memory beyond it leaves as it is decommitted.
+
+        Raises:
+            DriverError: free memory beyond the cap could not be given back; the cap has moved.
+            ClosedError: after ``close``, or in a forked child.
+        """
+        capacity_bytes = checked_size("capacity_bytes", capacity_bytes, 0)
+        try:
+            self._memory.resize(capacity_bytes // self._page_bytes)
+        except DriverError:
+            self._capacity_bytes = capacity_bytes
+            raise
         self._capacity_bytes = capacity_bytes
 
     def check_invariants(self) -> None:
@@ -222,7 +244,12 @@ class ElasticTensor:
         self._memory.check_invariants()
 
     def close(self) -> None:
-        """Wait for the device and give everything back but the addresses of tensors still held."""
+        """Give everything back but the addresses of tensors still held.
+
+        Waits for the work on torch's current stream, and on those that commits and decommits named.
+        """
+        with suppress(ClosedError, DriverError):  # the next line reports what there is to report
+            self._memory.decommit([], self._stream(None))
         self._memory.close()
         self._tensors = ()
 
@@ -311,9 +338,28 @@ def elastic_tensor(
     )
 
 
+def checked_size(name: str, value: int, least: int) -> int:
+    """The value as an int of Python's own, if it is a number of things from ``least`` on.
+
+    Raises:
+        ConfigError: naming it, and the limit.
+    """
+    try:
+        size = int(index(value))
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}; it must be an integer") from None
+    if not least <= size <= MOST_BYTES:
+        limit = f"at least {least}" if size < least else f"at most {MOST_BYTES}"
+        raise ConfigError(f"{name} is {size}; it must be {limit}")
+    return size
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+    try:
+        sizes = tuple(int(index(size)) for size in shape)
+    except TypeError:
+        raise ConfigError(f"shape is {shape!r}; it must be a sequence of integers") from None
+    if not sizes or min(sizes) < 1:
         raise ConfigError(f"shape is {sizes}; it must have a dim, and 1 or more of each")
     return sizes
 
@@ -327,6 +373,11 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _open_driver(device: str, driver: DriverChoice, page_bytes: int | None) -> _core.Driver:
     if isinstance(driver, _core.Driver):
+        check_device(device)
+        if page_bytes not in (None, driver.page_bytes):
+            raise ConfigError(
+                f"page_bytes is {page_bytes}; the driver that was given has {driver.page_bytes}"
+            )
         return driver
     check_device(device, driver)
     name = resolve_driver(device, driver)

@@ -8,11 +8,11 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -29,20 +29,20 @@ from .backend import (
 )
 from .batch_views import Batch, BatchViews
 from .config import KVCacheConfig
-from .core_setup import high_pages, low_pages, make_arena, make_driver
+from .core_setup import make_arena, make_driver
 from .device import current_stream, tensor_device
 from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .page_map import PageMap
+from .page_supply import PageSupply
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
 from .scratch_slot import ScratchSlot
 from .slot_prefixes import FoundPrefix, SlotPrefixes
 from .slot_views import SlotViews
 from .swapped_groups import SwappedGroup, SwappedGroups
+from .virtual_sleep import VirtualSleep
 from .virtual_stats import virtual_page_map, virtual_stats
-
-T = TypeVar("T")
 
 
 class VirtualKVCache:
@@ -63,27 +63,37 @@ class VirtualKVCache:
 
     name = "virtual"
 
-    def __init__(self, config: KVCacheConfig, *, driver: _core.Driver | None = None) -> None:
-        """``driver``: an already made core driver, e.g. a ``FaultDriver``; else by config."""
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        *,
+        driver: _core.Driver | None = None,
+        spare_pages: int | None = None,
+    ) -> None:
+        """Reserve the address space.
+
+        Args:
+            driver: an already made core driver, e.g. a ``FaultDriver``; else by config.
+            spare_pages: pages that the worker keeps created; None: what suits the driver.
+        """
         self._config = config
         self._driver = driver or make_driver(config)
-        page_bytes = self._driver.page_bytes
-        self._layout = plan_layout(config, page_bytes)
-        self._max_pages = config.capacity_bytes // page_bytes
-        self._core_arena = make_arena(config, self._driver, self._layout)
+        self._layout = plan_layout(config, self._driver.page_bytes)
+        self._core_arena = make_arena(config, self._driver, self._layout, spare_pages)
         self._slot_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
         # Sequences whose next row may lie in a shared page: only a truncate leads there.
         self._cut: set[int] = set()
         self._swapped = SwappedGroups()
         self._prefixes = SlotPrefixes(self._core_arena, self._layout)
+        index = self._prefixes.index
+        self._supply = PageSupply(self._core_arena, config, self._layout, index)
+        self._scratch = ScratchSlot(self._core_arena, config, self._layout)
+        self._sleep = VirtualSleep(self._core_arena, self._supply, self._scratch, index)
         self._peak_seqs = 0
-        self._is_asleep = False
-        self._sleeping: SwappedGroup | None = None
         self._views = SlotViews(self._core_arena, config, self._layout)
         self._tensor_device = tensor_device(config.device)
         self._batches = BatchViews(self._tensor_device, config.max_seq_len)
-        self._scratch = ScratchSlot(self._core_arena, config, self._layout)
 
     @property
     def config(self) -> KVCacheConfig:
@@ -101,7 +111,7 @@ class VirtualKVCache:
 
     def max_seq_tokens(self) -> int:
         most = self._arena.max_slot_rows()
-        num_pages = self._max_pages - self._scratch.num_pages
+        num_pages = self._arena.max_pages() - self._scratch.num_pages
         return most if self._scratch.slot is None else self._rows_within(num_pages, most)
 
     def bytes_for(self, num_tokens: int) -> int:
@@ -171,10 +181,10 @@ class VirtualKVCache:
         reserved = reserved_tokens(self._config, group)
         admit = partial(self._arena.try_admit, len(group.seq_ids), group.num_tokens, reserved)
         if found is None:
-            return self._evicting(admit)
+            return self._supply.evicting(admit)
         self._prefixes.index.lock(found.needed)
         try:
-            return self._evicting(partial(admit, found.start))
+            return self._supply.evicting(partial(admit, found.start))
         finally:
             self._prefixes.index.unlock(found.needed)
 
@@ -182,7 +192,7 @@ class VirtualKVCache:
         if self._cut and not self._prepare_write(seq_ids, num_tokens):
             return False
         slots = self._slots(seq_ids)
-        if not self._evicting(partial(self._arena.try_extend, slots, num_tokens)):
+        if not self._supply.evicting(partial(self._arena.try_extend, slots, num_tokens)):
             return False
         self._len_of.update(zip(seq_ids, num_tokens, strict=True))
         return True
@@ -203,7 +213,9 @@ class VirtualKVCache:
         self._check_new(child_ids)
         if len(self._slot_of) + len(child_ids) > self._config.max_num_seqs:
             return False
-        slots = self._evicting(partial(self._arena.try_fork, parent, len(child_ids), num_rows))
+        slots = self._supply.evicting(
+            partial(self._arena.try_fork, parent, len(child_ids), num_rows)
+        )
         if slots is None:
             return False
         for child_id, slot in zip(child_ids, slots, strict=True):
@@ -223,7 +235,7 @@ class VirtualKVCache:
         try:
             for parent, children in plan.built.items():
                 fork = partial(self._arena.try_fork, slots[parent], len(children), plan.num_tokens)
-                forked = self._evicting(fork)
+                forked = self._supply.evicting(fork)
                 if forked is None:
                     return False
                 moved.update(zip(children, forked, strict=True))
@@ -264,7 +276,7 @@ class VirtualKVCache:
         _check_num_tokens(num_tokens)
         slots, sources = self._slots(seq_ids), self._slots(source_ids)
         assign = partial(self._arena.try_assign, slots, sources, num_tokens)
-        if not self._evicting(assign):
+        if not self._supply.evicting(assign):
             return False
         self._prefixes.rename(dict(zip(seq_ids, source_ids, strict=True)), num_tokens)
         for seq_id in seq_ids:
@@ -307,8 +319,8 @@ class VirtualKVCache:
         self._swapped.add(swapped)
         return True
 
-    def _swap_out(self, seq_ids: Sequence[int]) -> SwappedGroup | None:
-        group = self._arena.try_swap_out(self._slots(seq_ids))
+    def _swap_out(self, seq_ids: Sequence[int], *, with_held: bool = False) -> SwappedGroup | None:
+        group = self._arena.try_swap_out(self._slots(seq_ids), with_held)
         if group is None:
             return None
         for seq_id in seq_ids:
@@ -321,13 +333,14 @@ class VirtualKVCache:
         swapped = self._swapped.find(seq_ids)
         if len(self._slot_of) + len(seq_ids) > self._config.max_num_seqs:
             return False
-        if not self._swap_in(swapped):
-            return False
+        with self._admitting():
+            if not self._swap_in(swapped):
+                return False
         self._swapped.remove(swapped)
         return True
 
     def _swap_in(self, swapped: SwappedGroup) -> bool:
-        slots = self._evicting(partial(self._core_arena.try_swap_in, swapped.group))
+        slots = self._supply.evicting(partial(self._core_arena.try_swap_in, swapped.group))
         if slots is None:
             return False
         for seq_id, slot in zip(swapped.left, slots, strict=True):
@@ -363,7 +376,7 @@ class VirtualKVCache:
     def end_step(self, step: Step) -> None:
         self._arena.end_step(step.epoch)
         if not self._prefixes.index.is_empty:
-            self._keep_some_free()
+            self._supply.keep_some_free(len(self._slot_of))
 
     def layer_views(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer over all slots, as strided views.
@@ -392,7 +405,7 @@ class VirtualKVCache:
         lens = [self._len_of[seq_id] for seq_id in seq_ids]
         return self._batches.make(
             Batch(lens, num_new_tokens, slots),
-            take_scratch=partial(self._scratch.take, self._evicting),
+            take_scratch=partial(self._scratch.take, self._supply.evicting),
             out=out,
             pad_to=pad_to,
             max_seqlen_k=max_seqlen_k,
@@ -414,6 +427,17 @@ class VirtualKVCache:
     def wait_worker(self) -> None:
         self._arena.wait_worker()
 
+    def pause_worker(self) -> None:
+        """Leave the worker's jobs to ``run_worker``: a simulation says how much time it has."""
+        self._arena.pause_worker()
+
+    def run_worker(self, max_jobs: int) -> int:
+        """Do at most so many of the worker's jobs on this thread; how many there were.
+
+        A job backs the rows that one sequence will need next. Requires: ``pause_worker``.
+        """
+        return self._arena.run_worker(max_jobs)
+
     def stats(self) -> KVCacheStats:
         """See ``KVCacheStats``. The slot to pad with has committed pages, but is no sequence."""
         return virtual_stats(self._core_arena.stats(), len(self._slot_of), self._peak_seqs)
@@ -424,54 +448,22 @@ class VirtualKVCache:
             self._layout.num_slots,
             {slot: (seq_id, self._len_of[seq_id]) for seq_id, slot in self._slot_of.items()},
             padding_slot=self._scratch.slot,
-            is_asleep=self._is_asleep,
+            is_asleep=self._sleep.is_asleep,
         )
 
     def trim(self, keep_free_pages: int = 0) -> int:
         return self._arena.trim(keep_free_pages)
 
     def resize(self, capacity_bytes: int) -> None:
-        max_pages = capacity_bytes // self._layout.page_bytes
-        self._arena.resize(
-            max_pages, low_pages(self._config, max_pages), high_pages(self._config, max_pages)
-        )
-        self._max_pages = max_pages
-        raw = self._arena.stats()
-        if raw["created_pages"] > max_pages:
-            self._prefixes.index.evict(raw["created_pages"] - max_pages)
+        self._check_awake()
+        self._supply.resize(capacity_bytes)
 
     def try_sleep(self) -> bool:
         self._check_awake()
-        live = list(self._slot_of)
-        raw = self._arena.stats()
-        if raw["committed_pages"] > raw["max_pages"]:
-            return False  # after a resize to less: they could not come back
-        num_copies = self._arena.num_copies_to_sleep() - self._scratch.num_pages
-        num_bytes = num_copies * raw["page_bytes"]
-        if num_bytes > self._config.swap_bytes - raw["swapped_bytes"]:
-            return False
-        if live:
-            self._sleeping = self._swap_out(live)
-            if self._sleeping is None:
-                return False
-        self._is_asleep = True  # whatever the driver throws from here on, waking undoes it
-        self._scratch.give_up()
-        self._core_arena.swap_out_held()
-        self._prefixes.index.flush()
-        self._core_arena.trim(0)
-        return True
+        return self._sleep.try_begin(partial(self._swap_out, list(self._slot_of), with_held=True))
 
     def try_wake(self) -> bool:
-        if not self._is_asleep:
-            self._core_arena.available_pages()  # a closed one is neither
-            return True
-        if self._sleeping is not None and not self._swap_in(self._sleeping):
-            return False
-        self._sleeping = None
-        if not self._scratch.try_return(self._evicting):
-            return False
-        self._is_asleep = False
-        return True
+        return self._sleep.try_end(self._swap_in)
 
     def check_invariants(self) -> None:
         self._arena.check_invariants(self._prefixes.page_ids())
@@ -504,7 +496,7 @@ class VirtualKVCache:
         return self._core_arena
 
     def _check_awake(self) -> None:
-        if self._is_asleep:
+        if self._sleep.is_asleep:
             raise ConfigError("the cache is asleep; wake it first")
 
     def _slots(self, seq_ids: Sequence[int]) -> list[int]:
@@ -520,7 +512,13 @@ class VirtualKVCache:
             ) from None
 
     def _admitting(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._slot_of else self._scratch.alone(self._max_pages)
+        """While nothing runs: no low watermark, though the arena sees the scratch slot live.
+
+        Else a sequence that needs nearly the whole pool would wait for nobody.
+        """
+        if self._slot_of or self._scratch.slot is None:
+            return nullcontext()
+        return self._supply.down_to_the_last_page()
 
     def _rows_within(self, num_pages: int, most: int) -> int:
         """Rows, at most ``most``, that one sequence can have in ``num_pages``."""
@@ -538,48 +536,18 @@ class VirtualKVCache:
         # The arena's count has both slots of a sequence that moves.
         self._peak_seqs = max(self._peak_seqs, len(self._slot_of))
 
-    def _evicting(self, attempt: Callable[[], T]) -> T:
-        """Try until it works or evicting does not help; the last answer."""
-        last_shortage = 0
-        while True:
-            answer = attempt()
-            if answer is not None and answer is not False:
-                return answer
-            shortage = self._core_arena.last_shortage()
-            # As short as before: a kernel may still read what was evicted, so it comes later.
-            if shortage in (0, last_shortage) or not self._can_evict(shortage):
-                return answer
-            self._prefixes.index.evict(shortage)
-            last_shortage = shortage
-
-    def _can_evict(self, num_pages: int) -> bool:
-        """Whether so much is merely cached: what is not enough is not given up for nothing."""
-        return self._core_arena.stats()["cached_pages"] >= num_pages
-
     def _prepare_write(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> bool:
         """Copy what the new rows would share. A sequence may move to another slot by it."""
         for seq_id, total in zip(seq_ids, num_tokens, strict=True):
             if seq_id not in self._cut or total <= self._len_of[seq_id]:
                 continue
             slot = self._slots((seq_id,))[0]
-            moved = self._evicting(partial(self._arena.prepare_write, slot))
+            moved = self._supply.evicting(partial(self._arena.prepare_write, slot))
             if moved is None:
                 return False
             self._slot_of[seq_id] = moved
             self._cut.discard(seq_id)
         return True
-
-    def _keep_some_free(self) -> None:
-        """Evict what was not used for longest, so that the worker finds pages to commit ahead."""
-        config, page_bytes = self._config, self._layout.page_bytes
-        num_ahead = len(self._slot_of) * (config.commit_ahead_tokens + 1) * config.token_bytes
-        max_pages = self._max_pages
-        wanted = (
-            low_pages(config, max_pages) + num_ahead // page_bytes + len(self._layout.row_bytes)
-        )
-        lacking = min(wanted, max_pages // 2) - self._arena.available_pages()
-        if lacking > 0:
-            self._prefixes.index.evict(lacking)
 
 
 def _check_num_tokens(num_tokens: int) -> None:

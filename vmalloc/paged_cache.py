@@ -224,8 +224,7 @@ class PagedKVCache:
 
     def begin_step(self, stream: int | None = None) -> Step:
         self._check_usable()
-        if self._is_step_open:
-            raise ConfigError(f"step {self._epoch} is still open; end it first")
+        self._check_between_steps()
         self._epoch += 1
         self._is_step_open = True
         if stream is None:
@@ -326,9 +325,13 @@ class PagedKVCache:
 
     def try_sleep(self) -> bool:
         self._check_usable()
+        self._check_between_steps()
         if not self._storage.gives_back:
             return False
-        if self._pool.num_committed - len(self._supply.scratch) > self._swap.room:
+        num_committed = self._pool.num_committed
+        if num_committed > self._pool.capacity:
+            return False  # after a resize to less
+        if num_committed - len(self._supply.scratch) > self._swap.room:
             return False
         self._index.flush()
         self._supply.sleep()
@@ -381,6 +384,10 @@ class PagedKVCache:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ClosedError("the cache was closed")
+
+    def _check_between_steps(self) -> None:
+        if self._is_step_open:
+            raise ConfigError(f"step {self._epoch} is still open; end it first")
 
     def _check_usable(self) -> None:
         self._check_open()

@@ -8,12 +8,10 @@ committed pages, and not among live bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from . import _core
 from .config import KVCacheConfig
-from .core_setup import high_pages, low_pages
 from .errors import ConfigError
 from .layout import KVLayout
 
@@ -33,7 +31,7 @@ class ScratchSlot:
         self._arena = arena
         self._config = config
         self._layout = layout
-        self._is_wanted = False
+        self._was_given_up = False
 
     @property
     def num_pages(self) -> int:
@@ -56,8 +54,7 @@ class ScratchSlot:
                     f"num_slots is {num_slots} and max_num_seqs {max_num_seqs}; batches are padded "
                     "with a slot of its own, so num_slots must be larger"
                 )
-            self._is_wanted = True
-            if not self.try_return(evicting):
+            if not self._try_take(evicting):
                 raise ConfigError(
                     "no page is left for the slot that batches are padded with; ask for a padded "
                     "view once before the first sequence is admitted"
@@ -68,30 +65,19 @@ class ScratchSlot:
     def give_up(self) -> None:
         """Let the arena have it while the cache sleeps."""
         if self.slot is not None:
+            self._was_given_up = True
             self._arena.free([self.slot])
             self.slot = None
 
     def try_return(self, evicting: Evicting) -> bool:
         """Undo ``give_up``, if there was one; False if there is no room."""
-        if self._is_wanted and self.slot is None:
+        return not self._was_given_up or self._try_take(evicting)
+
+    def _try_take(self, evicting: Evicting) -> bool:
+        if self.slot is None:
             slots = evicting(lambda: self._arena.try_admit(1, 0, 1))
             if slots is None:
                 return False
             (self.slot,) = slots
+            self._was_given_up = False
         return True
-
-    @contextmanager
-    def alone(self, max_pages: int) -> Iterator[None]:
-        """While nothing runs: no low watermark, though the arena sees this slot live.
-
-        Else a sequence that needs nearly the whole pool would wait for nobody.
-        """
-        if self.slot is None:
-            yield
-            return
-        high = high_pages(self._config, max_pages)
-        self._arena.resize(max_pages, 0, high)
-        try:
-            yield
-        finally:
-            self._arena.resize(max_pages, low_pages(self._config, max_pages), high)

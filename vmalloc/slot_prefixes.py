@@ -57,6 +57,32 @@ class FoundPrefix:
     start: _core.Prefix
 
 
+class CachedPages:
+    """What the index asks of the arena. Apart from ``SlotPrefixes``, or the two would hold each
+    other, and with them a cache that nobody closed.
+
+    Attributes:
+        slot: whose pages are being put into the index.
+    """
+
+    def __init__(self, arena: _core.KVArena) -> None:
+        self._arena = arena
+        self.slot = -1
+
+    def retain(self, pages: tuple[PageRef, ...]) -> None:
+        self._arena.cache_pages(self.slot, [page[0] for page in pages], [page[1] for page in pages])
+
+    def release(self, pages: tuple[PageRef, ...]) -> int:
+        return self._arena.uncache_pages([page[2] for page in pages])
+
+    def note_pin(self, pages: tuple[PageRef, ...], change: int) -> None:
+        ids = [page[2] for page in pages]
+        if change > 0:
+            self._arena.pin_pages(ids)
+        else:
+            self._arena.unpin_pages(ids)
+
+
 class SlotPrefixes:
     """The prefix index over the pages of an arena's slots."""
 
@@ -65,8 +91,10 @@ class SlotPrefixes:
         self._steps = PageSteps(layout.row_bytes, layout.page_bytes)
         self._num_regions = len(layout.row_bytes)
         self._sequences: dict[int, SequencePrefix] = {}
-        self._slot = -1  # whose pages are being put into the index
-        self.index = PrefixIndex(self._steps.end, self._retain, self._release, self._note_pin)
+        self._cached = CachedPages(arena)
+        self.index = PrefixIndex(
+            self._steps.end, self._cached.retain, self._cached.release, self._cached.note_pin
+        )
 
     def match(self, token_ids: Sequence[int], salt: str) -> PrefixHit:
         """The longest cached prefix, as far as the index tells; ``find`` may have to give less."""
@@ -122,7 +150,7 @@ class SlotPrefixes:
         """Enter every page that is full and not in the index yet."""
         if not sequence.node.is_attached:
             self._stand_at(sequence, sequence.locked)
-        self._slot = slot
+        self._cached.slot = slot
         while sequence.next_end <= sequence.num_known:
             node = sequence.node
             tokens = tuple(sequence.token_ids[node.end : sequence.next_end])
@@ -211,7 +239,7 @@ class SlotPrefixes:
         if num_tokens <= node.end or not regions or not node.is_attached:
             return
         numbers = [self._steps.full_pages(region, num_tokens) for region in regions]
-        self._slot = slot
+        self._cached.slot = slot
         tokens = sequence.token_ids[node.end : num_tokens]
         self.index.insert_tail(node, tokens, self._refs(slot, regions, numbers))
 
@@ -220,21 +248,6 @@ class SlotPrefixes:
     ) -> tuple[PageRef, ...]:
         ids = self._arena.page_ids(slot, regions, numbers)
         return tuple(zip(regions, numbers, ids, strict=True))
-
-    def _retain(self, pages: tuple[PageRef, ...]) -> None:
-        self._arena.cache_pages(
-            self._slot, [page[0] for page in pages], [page[1] for page in pages]
-        )
-
-    def _release(self, pages: tuple[PageRef, ...]) -> int:
-        return self._arena.uncache_pages([page[2] for page in pages])
-
-    def _note_pin(self, pages: tuple[PageRef, ...], change: int) -> None:
-        ids = [page[2] for page in pages]
-        if change > 0:
-            self._arena.pin_pages(ids)
-        else:
-            self._arena.unpin_pages(ids)
 
     def _nodes_below(self, match: PrefixMatch) -> list[PrefixNode]:
         """Nodes after the path whose pages the rest of the matched rows can be copied from.

@@ -35,7 +35,7 @@ class SlotViews:
         return views
 
     def clear(self) -> None:
-        """Forget them all; who still has one keeps the addresses, not the memory."""
+        """Forget them all. After closing, who still has one keeps the addresses only."""
         self._views.clear()
 
     def _make(self, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -66,4 +66,6 @@ class SlotViews:
             ],
         )
         tensor: Tensor = from_dlpack(capsule)
+        # The pages too live as long as somebody can read them, unless the cache is closed before.
+        tensor.untyped_storage().arena = self._arena  # type: ignore[attr-defined]
         return tensor

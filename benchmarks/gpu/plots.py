@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..figures import COLORS, LENGTH_COLORS, new_panels, save_figure
+from vmalloc.measuring.figures import COLORS, LENGTH_COLORS, new_panels, save_figure
 
 Row = dict[str, Any]
 CONTIGUOUS, PAGED = COLORS["virtual"], COLORS["paged"]

@@ -40,7 +40,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..provenance import provenance
+from vmalloc.measuring.provenance import provenance
+
 from .child import run_child
 from .plan import SECTIONS, TOTAL_SECONDS, Budget, SectionPlan, choose_sections
 from .prepare import ROOT, SITE

@@ -17,6 +17,7 @@ from ...kernels.select import AttentionKernels
 from ..cache_factory import CacheFactory
 from ..config import EngineConfig
 from ..probe import ProbedModel, probe_logits, relative_difference
+from ..trial import MAX_TRIAL_TOKENS
 from .forward import FusedForward
 from .recognise import recognise
 
@@ -57,7 +58,7 @@ def _choose(
         return "compile is True"
     if caches.device.type != "cpu":
         return f"it computes on cpu, and the model is on {caches.device}"
-    spec = recognise(model, probed.attention, max_model_len)
+    spec = recognise(model, probed.attention, max(max_model_len, MAX_TRIAL_TOKENS))
     if isinstance(spec, str):
         return spec
     choice = check_against(spec, model, probed, caches)

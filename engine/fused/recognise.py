@@ -43,14 +43,14 @@ _PACKED_GATE: Final = frozenset({"gate_up_proj", "down_proj", "activation_fn"})
 
 
 def recognise(
-    model: Any, attention: Sequence[LayerAttention], max_model_len: int
+    model: Any, attention: Sequence[LayerAttention], num_positions: int
 ) -> DecoderSpec | str:
     """What a fused decoder must compute in a model's place, or why it cannot.
 
     Args:
-        model: a causal language model, in eval mode, its rope pinned for ``max_model_len``.
+        model: a causal language model, in eval mode, its rope pinned.
         attention: what each of its layers asked of attention.
-        max_model_len: most tokens of a sequence.
+        num_positions: most tokens of a sequence.
     """
     family = family_of(model)
     if family is None:
@@ -58,7 +58,7 @@ def recognise(
     try:
         check_no_global_hooks()
         check_untouched(model, type(model).__name__)
-        return _Reader(model, family, attention, max_model_len).read()
+        return _Reader(model, family, attention, num_positions).read()
     except NotRecognisedError as error:
         return str(error)
 
@@ -78,7 +78,7 @@ class _Reader:
     """
 
     def __init__(
-        self, model: Any, family: Family, attention: Sequence[LayerAttention], max_model_len: int
+        self, model: Any, family: Family, attention: Sequence[LayerAttention], num_positions: int
     ) -> None:
         self._causal = model
         self._model: Any = model.model
@@ -92,7 +92,7 @@ class _Reader:
         self._num_heads, self._num_kv_heads = first.num_heads, first.num_kv_heads
         self._head_dim = first.k_head_dim
         self._hidden_size = int(self._config.hidden_size)
-        self._ropes = RopeTables(self._model.rotary_emb, family, max_model_len)
+        self._ropes = RopeTables(self._model.rotary_emb, family, num_positions)
 
     def read(self) -> DecoderSpec:
         embedding = self._model.embed_tokens

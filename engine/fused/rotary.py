@@ -15,6 +15,9 @@ from .errors import NotRecognisedError
 from .families import Family
 from .parts import check_untouched
 
+_ROWS_AT_ONCE = 4096
+"""The module computes both halves, and in steps: what it takes for them is bounded."""
+
 
 class RopeTables:
     """The tables of one model, each made when a layer first asks for it.
@@ -23,20 +26,20 @@ class RopeTables:
         module: the model's rotary module. Its frequencies must not follow the longest sequence
             of a batch: ``pin_rope`` sees to that.
         family: the model's.
-        max_model_len: positions that the tables have rows for.
+        num_positions: rows that the tables have.
     """
 
-    def __init__(self, module: nn.Module, family: Family, max_model_len: int) -> None:
+    def __init__(self, module: nn.Module, family: Family, num_positions: int) -> None:
         if not family.is_class(module, "RotaryEmbedding"):
             raise NotRecognisedError(
                 f"rotary_emb is a {type(module).__name__}, not a {family.prefix}RotaryEmbedding"
             )
         check_untouched(module, "rotary_emb")
         self._module = module
-        self._positions = torch.arange(max_model_len).unsqueeze(0)
+        self._num_positions = num_positions
         self._names: list[str | None] = []
         self.tables: list[Tensor] = []
-        """``[max_model_len, 2, half]`` each."""
+        """``[num_positions, 2, half]`` each."""
 
     def index_of(self, layer_type: str | None) -> int:
         """The table of a layer type, where the module tells them apart; else None is the one."""
@@ -51,13 +54,12 @@ class RopeTables:
     def _make(self, layer_type: str | None) -> Tensor:
         module: Any = self._module
         arguments: Sequence[str] = () if layer_type is None else (layer_type,)
-        cos, sin = module(torch.zeros(1), self._positions, *arguments)
-        half = cos.shape[-1] // 2
-        tables = []
-        for name, table in (("cosines", cos), ("sines", sin)):
-            if table.dtype != torch.float32 or not torch.equal(
-                table[..., :half], table[..., half:]
-            ):
-                raise NotRecognisedError(f"rotary_emb gives {name} whose halves differ")
-            tables.append(table[0, :, :half])
-        return torch.stack(tables, dim=1).contiguous()
+        parts = []
+        for start in range(0, self._num_positions, _ROWS_AT_ONCE):
+            positions = torch.arange(start, min(start + _ROWS_AT_ONCE, self._num_positions))
+            pair = torch.stack(module(torch.zeros(1), positions.unsqueeze(0), *arguments), dim=2)
+            half = pair.shape[3] // 2
+            if pair.dtype != torch.float32 or not torch.equal(pair[..., :half], pair[..., half:]):
+                raise NotRecognisedError("rotary_emb gives halves that differ")
+            parts.append(pair[0, :, :, :half])
+        return torch.cat(parts).contiguous()

@@ -12,8 +12,8 @@ from benchmarks.gpu.plan import RESERVED_SECONDS, SECTIONS, Budget, choose_secti
 from benchmarks.gpu.prepare import ROOT
 from benchmarks.gpu.run import Run, main
 from benchmarks.gpu.section import Section
-from benchmarks.provenance import provenance
 from tests.benchmarks.gpu_results import made_up_results
+from vmalloc.measuring.provenance import provenance
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_summary_says_where_a_section_was_cut_short(capsys):
 
 
 def test_a_copy_without_git_takes_its_commit_from_the_stamp(tmp_path, monkeypatch):
-    from benchmarks import provenance as module
+    from vmalloc.measuring import provenance as module
 
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "STAMP", tmp_path / "commit")

@@ -489,6 +489,8 @@ void run_elastic_round(const Kernels& kernels, unsigned seed) {
                 "created == free + in_use + retired does not hold");
         memory.check_invariants();
         if (pick(local, 20) == 0) static_cast<void>(memory.trim(0));
+        if (pick(local, 20) == 0) static_cast<void>(memory.try_create_spare(pick(local, 40)));
+        if (pick(local, 20) == 0) memory.resize(20 + pick(local, 60));
         jitter(local);
       }
     });

@@ -442,6 +442,39 @@ class TestWorker:
         assert stats["critical_pages"] == 0
         assert stats["adopted_pages"] == 4
 
+    def test_jobs_of_a_paused_worker_wait_until_they_are_asked_for(self):
+        arena = make_arena(_core.make_null_driver(PAGE), ahead_rows=4)
+        arena.pause_worker()
+        a, b, c = arena.try_admit(3, 8)
+        assert pages(arena) == (3, 0, 0, 0, 0)
+        assert arena.run_worker(2) == 2
+        assert pages(arena) == (3, 2, 0, 0, 0)
+        assert extend(arena, c, 9)  # what the worker did not get to is done here
+        stats = arena.stats()
+        assert (stats["critical_pages"], stats["background_pages"]) == (4, 2)
+        assert arena.run_worker(5) == 1
+        assert arena.run_worker(5) == 0
+        assert extend(arena, a, 13)
+        assert extend(arena, b, 13)
+        arena.wait_worker()
+        assert pages(arena) == (6, 2, 0, 0, 0)
+        arena.close()
+
+    def test_a_worker_without_commit_ahead_has_no_jobs(self):
+        arena = make_arena(_core.make_null_driver(PAGE))
+        arena.pause_worker()
+        admit(arena, 8)
+        assert arena.run_worker(5) == 0
+
+    def test_a_worker_whose_driver_works_on_its_own_cannot_be_paused(self):
+        driver = make_driver()
+        arena = make_arena(driver, ahead_rows=4)
+        if not driver.is_async:
+            arena.pause_worker()
+            return
+        with pytest.raises(ConfigError, match="'cuda' driver cannot be paused"):
+            arena.pause_worker()
+
     def test_worker_failure_ends_background_work_only(self):
         driver = _core.FaultDriver(make_driver())
         arena = make_arena(driver, ahead_rows=8)

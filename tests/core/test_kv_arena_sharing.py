@@ -389,7 +389,7 @@ class TestSwap:
         (child,) = arena.try_fork(parent, 1, 20)
         groups = [arena.try_swap_out([child]), arena.try_swap_out([parent])]
         assert pages(arena)[0] == 2  # each holds them for the other
-        arena.swap_out_held()
+        arena.try_swap_out([], with_held=True)
         arena.check_invariants()
         assert pages(arena)[0] == 0
         assert arena.stats()["swapped_bytes"] == 4 * PAGE  # two tails, and two copies for both

@@ -204,6 +204,7 @@ class Engines:
             self._made[key] = engine
         engine.flush_prefix_cache()
         assert engine.kernel_name.startswith(KERNELS[kind])
+        assert (engine.forward_name == "model") == (engine.config.fused == "off")
         return engine
 
     def close(self) -> None:

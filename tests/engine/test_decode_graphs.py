@@ -44,7 +44,7 @@ from vmalloc.engine.decode_graphs import CaptureError, EagerRecorder, Run, batch
 from vmalloc.engine.packed_forward import PackedForward
 from vmalloc.errors import ConfigError
 
-PLAIN = {"batch_invariant": False}
+PLAIN = {"batch_invariant": False, "fused": "off"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9)
 
 
@@ -66,9 +66,8 @@ def make(request: pytest.FixtureRequest, tiny_model: Any) -> Iterator[Callable[.
     engines: list[LLMEngine] = []
 
     def make(recorder: Any = None, name: str = "llama", **settings: Any) -> LLMEngine:
-        config = EngineConfig(
-            **{"kv_backend": request.param, "page_size": PAGE, "max_num_seqs": 8, **settings}
-        )
+        defaults = {"kv_backend": request.param, "page_size": PAGE, "max_num_seqs": 8}
+        config = EngineConfig(**{**defaults, "fused": "off", **settings})
         model = copy.deepcopy(tiny_model(name))
         engines.append(LLMEngine(model, None, config, recorder=recorder))
         return engines[-1]

@@ -12,6 +12,8 @@ import pytest
 
 import vmalloc.engine.generation as generation
 from tests.engine.running import PAGE, all_tokens, run_out, step, token_ids
+from vmalloc import DriverError, KVCacheConfig, VirtualKVCache, _core, factory
+from vmalloc.core_setup import make_driver
 from vmalloc.engine import ConfigError, LLMEngine, SamplingParams, VmallocError
 from vmalloc.engine.preemption_cost import FIRST_PREFILL_SECONDS, FIRST_SWAP_BANDWIDTH
 
@@ -374,6 +376,66 @@ class TestSleep:
                 assert not engine.is_asleep
             answers.append(all_tokens(run_out(engine, finished)))
         assert answers[0] == answers[1]
+
+    def test_above_a_lowered_cap_all_is_computed_again(self, make_engine: Any) -> None:
+        answers = []
+        for sleeps in (False, True):
+            engine = make_engine(swap_space_bytes=200 * PAGE)
+            for name, params in {"a": sampled(3), "b": beams(3)}.items():
+                engine.add_request(name, PROMPT, params)
+            finished: dict[str, Any] = {}
+            for _ in range(5):
+                step(engine, finished)
+            if sleeps:
+                engine.resize_kv_cache(engine.kv_stats().committed_bytes - PAGE)
+                engine.sleep()
+                assert engine.kv_stats().swapped_bytes == 0
+                assert engine.wake()
+                assert engine.stats().num_waiting == 2
+            answers.append(all_tokens(run_out(engine, finished)))
+        assert answers[0] == answers[1]
+
+    def test_pins_above_a_lowered_cap_keep_it_awake(self, make_engine: Any) -> None:
+        engine = make_engine()
+        engine.add_request("a", PROMPT * 4, sampled(1))
+        run_out(engine)
+        assert engine.pin_prefix(PROMPT * 4) > 0
+        engine.resize_kv_cache(engine.kv_stats().committed_bytes - PAGE)
+        with pytest.raises(VmallocError, match="pinned prefixes exceed the cap"):
+            engine.sleep()
+        assert not engine.is_asleep
+        engine.unpin_prefix(PROMPT * 4)
+        engine.sleep()
+        assert engine.wake()
+
+    @pytest.mark.parametrize("make_engine", ["virtual"], indirect=True)
+    def test_a_sleep_that_raises_can_be_woken_from(
+        self, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def make_cache(config: KVCacheConfig) -> VirtualKVCache:
+            self.driver = _core.FaultDriver(make_driver(config))
+            return VirtualKVCache(config, driver=self.driver)
+
+        monkeypatch.setattr(factory, "VirtualKVCache", make_cache)
+        answers, num_raised = [], 0
+        for call in (None, *range(12)):
+            engine = make_engine(swap_space_bytes=200 * PAGE)
+            engine.add_request("a", PROMPT, sampled(3))
+            finished: dict[str, Any] = {}
+            for _ in range(5):
+                step(engine, finished)
+            if call is not None:
+                self.driver.fail_release_call(call)
+                try:
+                    engine.sleep()
+                except DriverError:
+                    num_raised += 1
+                self.driver.fail_release_call(1 << 40)
+                assert engine.is_asleep
+                assert engine.wake()
+            answers.append(all_tokens(run_out(engine, finished)))
+        assert all(answer == answers[0] for answer in answers)
+        assert num_raised >= 2
 
     def test_waking_twice_and_sleeping_twice_is_told_apart(self, make_engine: Any) -> None:
         engine = make_engine()

@@ -147,6 +147,26 @@ def test_stop_tokens_are_out_of_reach_before_min_tokens() -> None:
     assert sample([seq], logits).token_ids == [1]
 
 
+def test_greedy_batches_choose_what_they_choose_beside_others() -> None:
+    torch.manual_seed(12)
+    logits = torch.randn(6, 50)
+    logits[2, 7] = logits[2, 31] = 99.0  # a tie goes to the first
+    greedy = seqs_for(SamplingParams(temperature=0.0), 6)
+    asked = seqs_for(SamplingParams(temperature=0.0, logprobs=0), 6)
+    assert all(seq.takes_best for seq in greedy)
+    assert not any(seq.takes_best for seq in asked)
+    alone = sample(greedy, logits)
+    assert alone.token_ids == sample([*greedy[:5], asked[5]], logits).token_ids
+    assert alone.token_ids[2] == 7
+    assert (alone.errors, alone.logprobs) == ([None] * 6, [None] * 6)
+    for value in (math.nan, math.inf):
+        broken = logits.clone()
+        broken[4, 3] = value
+        sampled = sample(greedy, broken)
+        assert sampled.token_ids == [*alone.token_ids[:4], None, alone.token_ids[5]]
+        assert sampled.errors[4] == "the model's logits are not finite"
+
+
 def one(params: SamplingParams, output: list[int] | None = None, prompt: Any = (1,)) -> Sequence:
     seq = Sequence(0, "0", list(prompt), params, max_tokens=99, seed=11)
     seq.token_ids.extend(output or [])

@@ -17,6 +17,8 @@ import transformers as hf
 import typer
 from typer.testing import CliRunner
 
+from vmalloc.engine.fused.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "supported-models.md"
 PROMISED = (
@@ -93,6 +95,15 @@ def test_the_page_marks_what_the_suite_holds_token_exact() -> None:
     exact = script.token_exact_keys()
     assert {"llama", "gpt2"} <= exact
     assert marked == {BY_KEY[key].name for key in exact if key in BY_KEY}
+
+
+def test_the_page_marks_what_is_fused() -> None:
+    marked = set()
+    for line in PAGE.read_text().splitlines():
+        cells = line.split(" | ")
+        if len(cells) == 6 and cells[4] == "yes":
+            marked.add(cells[1].strip("`"))
+    assert marked == {f"{family.prefix}ForCausalLM" for family in FAMILIES}
 
 
 def run_script(*arguments: str) -> Any:

@@ -123,6 +123,56 @@ def test_a_mask_with_holes_is_torchs(ours: Any, calls: Calls) -> None:
     assert calls.num_decode == calls.num_prefill == 0
 
 
+def test_in_inference_mode(ours: Any, calls: Calls) -> None:
+    """Masks have no version there, and may be written to in place all the same."""
+    theirs = generate(model("llama"), padded())
+    with torch.inference_mode(), VirtualCache(model("llama")) as cache:
+        assert_same_run(generate(ours("llama"), padded(), past_key_values=cache), theirs)
+        assert calls.num_masked > 0
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(2, 2, tokens, 16) for tokens in (1, 12, 12))
+        mask = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+        for first in (3, 5):
+            mask[0, ..., :first] = False
+            out, _ = vmalloc_attention(torch.nn.Module(), query, key, value, mask)
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask
+            ).transpose(1, 2)
+            torch.testing.assert_close(out, expected)
+
+
+def test_under_another_default_device(ours: Any, calls: Calls) -> None:
+    inputs, made = padded(), ours("llama")
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    last = {"input_ids": inputs["input_ids"][:, :1], "position_ids": torch.full((3, 1), 20)}
+    logits = []
+    for device in ("cpu", "meta"):
+        with torch.no_grad(), VirtualCache(made) as cache:
+            made(**inputs, past_key_values=cache)
+            with torch.device(device):
+                out = made(**last, attention_mask=mask, past_key_values=cache)
+            logits.append(out.logits)
+    assert torch.equal(*logits)
+    assert calls.num_masked == 2 * 3
+
+
+def test_rows_too_far_apart_for_the_kernels(ours: Any, calls: Calls) -> None:
+    """They count tokens from the first row on in 32 bits; torch does not."""
+    theirs = generate(model("llama"), padded())
+    with VirtualCache(model("llama"), max_len=1 << 30, max_batch=4) as cache:
+        assert_same_run(generate(ours("llama"), padded(), past_key_values=cache), theirs)
+    assert calls.num_masked == 0
+
+
+def test_what_the_trainer_hands_down(ours: Any) -> None:
+    ids = one()["input_ids"]
+    losses = [
+        made(ids, labels=ids, num_items_in_batch=torch.tensor(11)).loss
+        for made in (ours("llama"), model("llama"))
+    ]
+    torch.testing.assert_close(*losses)
+
+
 def test_sparse_attention_is_refused_and_not_dropped(ours: Any) -> None:
     with pytest.raises(VmallocError, match="gives attention indices, which 'vmalloc' does not"):
         generate(ours("+deepseek-v3.2"), one())

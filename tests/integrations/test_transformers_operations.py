@@ -20,11 +20,12 @@ from vmalloc.integrations.transformers import CacheFullError, InferenceOnlyError
 PAGE = 4096
 NUM_LAYERS = 3
 MAX_BATCH = 8
+MANY_ROWS = 90  # more than are reserved where nobody says how many
 KEEPS_POSITIVE = VERSION < (5, 18)
 
 
-def make_config() -> Any:
-    return hf.LlamaConfig(num_hidden_layers=NUM_LAYERS, max_position_embeddings=4096)
+def make_config(max_len: int = 4096) -> Any:
+    return hf.LlamaConfig(num_hidden_layers=NUM_LAYERS, max_position_embeddings=max_len)
 
 
 def states(batch: int, num_tokens: int, seed: int, layer: int = 0, **shape: Any) -> Any:
@@ -48,18 +49,20 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         layers_per_group=st.sampled_from([1, 2, 3]), worker=st.sampled_from([0, 0, 20]),
-        batch=st.integers(1, 3),
+        batch=st.integers(1, 3), is_limited=st.booleans(),
     )  # fmt: skip
-    def start(self, layers_per_group: int, worker: int, batch: int) -> None:
+    def start(self, layers_per_group: int, worker: int, batch: int, is_limited: bool) -> None:
         self.theirs = DynamicCache(config=make_config())
         self.ours = VirtualCache(
-            make_config(),
-            max_batch=MAX_BATCH,
+            make_config(4096 if is_limited else 25),
+            max_batch=MAX_BATCH if is_limited else None,
             page_bytes=PAGE,
             layers_per_group=layers_per_group,
             commit_ahead_tokens=worker,
-            capacity_bytes=64 << 20,
+            capacity_bytes=(64 if is_limited else 1024) << 20,
         )
+        self.max_batch = MAX_BATCH if is_limited else MANY_ROWS
+        self.is_limited = is_limited
         self.batch = batch
         self.seed = 0
         self.add(20)
@@ -92,9 +95,10 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.theirs.get_seq_length() > 0)
     @rule(repeats=st.integers(1, 3))
     def repeat(self, repeats: int) -> None:
-        if self.batch * repeats > MAX_BATCH:
-            with pytest.raises(ConfigError, match="max_batch is 8"):
-                self.ours.batch_repeat_interleave(repeats)
+        if self.batch * repeats > self.max_batch:
+            if self.is_limited:
+                with pytest.raises(ConfigError, match="max_batch is 8"):
+                    self.ours.batch_repeat_interleave(repeats)
             return
         self.ours.batch_repeat_interleave(repeats)
         self.theirs.batch_repeat_interleave(repeats)
@@ -110,6 +114,8 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             row = st.integers(-self.batch, self.batch - 1)
             rows = data.draw(st.lists(row, min_size=1, max_size=MAX_BATCH))
+            if not self.is_limited and data.draw(st.integers(0, 5)) == 0:
+                rows = (rows * MANY_ROWS)[:MANY_ROWS]
             indices = torch.tensor(rows)
             self.batch = len(rows)
         self.ours.batch_select_indices(indices)
@@ -389,7 +395,7 @@ def test_stats_before_anything_happened() -> None:
         stats = cache.stats()
         assert stats.num_virtual_layers == NUM_LAYERS
         assert stats.reserved_bytes == stats.committed_bytes == stats.num_tokens == 0
-        assert cache.get_max_length() == 4096
+        assert cache.get_max_length() == -1  # nobody named a limit
         cache.crop(-1)
         cache.reset()
         cache.batch_repeat_interleave(2)  # like DynamicCache: nothing to repeat

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -42,8 +43,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt lookup": ("one", {"prompt_lookup_num_tokens": 3, "max_new_tokens": 30}),
     "assisted": ("one", {"max_new_tokens": 20}),
     "sampled and assisted": ("one", {"max_new_tokens": 20, "do_sample": True, "top_k": 5}),
-    "attentions and states": ("padded", {"output_hidden_states": True, "output_logits": True}),
+    "early exit": ("one", {"assistant_early_exit": 1, "output_scores": False}),
+    "guidance": ("padded", {"guidance_scale": 1.5}),
+    "embeddings": ("embeddings", {}),
+    "hidden states": ("padded", {"output_hidden_states": True, "output_logits": True}),
+    "attentions": ("padded", {"output_attentions": True}),
+    "attentions of beams": ("padded", {"output_attentions": True, "num_beams": 3}),
 }  # fmt: skip
+ASSISTED = ("assisted", "sampled and assisted", "early exit")
 
 
 def run(made: Any, name: str) -> Any:
@@ -55,25 +62,34 @@ def run(made: Any, name: str) -> Any:
         for parameter in assistant.parameters():
             parameter.data += 0.03 * torch.randn_like(parameter)
         settings["assistant_model"] = assistant
-    return generate(made, padded() if inputs == "padded" else one(), **settings)
+    if "attentions" in name:  # which the model's own attention gives only
+        made = copy.deepcopy(made)
+        made.set_attn_implementation("eager")
+    given = padded() if inputs != "one" else one()
+    if inputs == "embeddings":
+        given["inputs_embeds"] = made.get_input_embeddings()(given.pop("input_ids"))
+    return generate(made, given, **settings)
 
 
 @pytest.mark.parametrize("run_name", RUNS)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_whole_runs_are_what_they_were(name: str, run_name: str) -> None:
-    if name == "gemma2" and "assisted" in run_name and not WINDOWS_ASSIST:
+    if name == "gemma2" and run_name in ASSISTED and not WINDOWS_ASSIST:
         pytest.skip("transformers' own cache cannot do it in this version")
     made = model(name)
     theirs = run(made, run_name)
     with use_virtual_cache(page_bytes=PAGE):
         ours = run(made, run_name)
-    if "assisted" in run_name or "lookup" in run_name:
+    if run_name in (*ASSISTED, "prompt lookup"):
         assert ours.sequences.tolist() == theirs.sequences.tolist()
     else:
         assert_same_run(ours, theirs)
     check_cache(ours.past_key_values, theirs.past_key_values)
-    for steps, expected in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
-        torch.testing.assert_close(steps[-1], expected[-1], atol=1e-4, rtol=1e-4)
+    for name in ("hidden_states", "attentions"):
+        assert (getattr(ours, name) is not None) == (name.split("_")[0] in run_name)
+        pairs = zip(getattr(ours, name) or (), getattr(theirs, name) or (), strict=True)
+        for steps, expected in pairs:
+            torch.testing.assert_close(steps, expected, atol=1e-4, rtol=1e-4)
 
 
 def check_cache(ours: Any, theirs: Any) -> None:
@@ -85,7 +101,7 @@ def check_cache(ours: Any, theirs: Any) -> None:
     assert len(ours) == len(theirs)
     assert ours.is_sliding == theirs.is_sliding
     assert ours.is_compileable == theirs.is_compileable
-    assert ours.is_initialized == ours.is_initialized
+    assert ours.is_initialized == theirs.is_initialized
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         assert mine.keys.shape == other.keys.shape
         assert mine.values.shape == other.values.shape
@@ -122,6 +138,30 @@ def test_an_encoder_decoder_model_gets_it_for_self_attention() -> None:
     assert_same_run(ours, theirs)
     assert type(ours.past_key_values.self_attention_cache) is VirtualCache
     assert type(ours.past_key_values.cross_attention_cache) is DynamicCache
+
+
+def test_a_model_that_takes_its_cache_apart() -> None:
+    """Whisper's own generate() slices keys and values, and builds the cache that it returns."""
+    torch.manual_seed(0)
+    config = hf.WhisperConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8,
+        max_source_positions=30, max_target_positions=60, pad_token_id=0, bos_token_id=1,
+        eos_token_id=None, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    made = hf.WhisperForConditionalGeneration(config).eval()
+    inputs = {"input_features": torch.randn(2, 8, 60)}
+    theirs = generate(made, inputs)
+    with use_virtual_cache(page_bytes=PAGE):
+        ours = generate(made, inputs)
+    assert_same_run(ours, theirs)
+    pairs = zip(
+        ours.past_key_values.self_attention_cache.layers,
+        theirs.past_key_values.self_attention_cache.layers,
+        strict=True,
+    )
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.keys, other.keys, atol=1e-4, rtol=1e-4)
 
 
 class TestWhatIsLeftAlone:
@@ -176,6 +216,57 @@ class TestWhatIsLeftAlone:
         thread.join(60)
         assert kinds == {"theirs": DynamicCache, "ours": VirtualCache}
 
+    def test_a_model_without_full_attention(self) -> None:
+        with use_virtual_cache():
+            cache = generate(model("mistral"), one()).past_key_values
+        assert type(cache) is DynamicCache
+        assert all(cache.is_sliding)
+
+    def test_who_wraps_generate_within_a_block_stays(self) -> None:
+        before = GenerationMixin._prepare_cache_for_generation
+        calls = []
+        try:
+            with use_virtual_cache(page_bytes=PAGE):
+                ours = GenerationMixin._prepare_cache_for_generation
+
+                def theirs(*args: Any, **settings: Any) -> Any:
+                    calls.append(args)
+                    return ours(*args, **settings)
+
+                GenerationMixin._prepare_cache_for_generation = theirs
+                assert type(generate(model("llama"), one()).past_key_values) is VirtualCache
+            assert GenerationMixin._prepare_cache_for_generation is theirs
+            assert type(generate(model("llama"), one()).past_key_values) is DynamicCache
+            with use_virtual_cache(page_bytes=PAGE):
+                assert type(generate(model("llama"), one()).past_key_values) is VirtualCache
+            assert len(calls) == 3
+        finally:
+            GenerationMixin._prepare_cache_for_generation = before
+
+    def test_threads_that_open_and_close_blocks(self) -> None:
+        """Whichever ends last puts the original back; nobody gets another's settings."""
+        made, before = model("llama"), GenerationMixin._prepare_cache_for_generation
+        wrong: list[Any] = []
+
+        def work(number: int) -> None:
+            for round_ in range(6):
+                inside = (number + round_) % 2 == 0
+                block = use_virtual_cache(max_len=100 + number) if inside else nullcontext()
+                with block:
+                    cache = generate(made, one(), max_new_tokens=3).past_key_values
+                if type(cache) is not (VirtualCache if inside else DynamicCache) or (
+                    inside and cache.get_max_length() != 100 + number
+                ):
+                    wrong.append((number, round_, cache))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert wrong == []
+        assert GenerationMixin._prepare_cache_for_generation is before
+
     def test_bad_settings_are_refused_by_the_call(self) -> None:
         with use_virtual_cache(max_batch=0), pytest.raises(ConfigError, match="max_batch is 0"):
             generate(model("llama"), one())
@@ -192,10 +283,13 @@ def test_importing_changes_nothing_in_transformers() -> None:
     out = python(
         "from transformers.generation.utils import GenerationMixin as G\n"
         "from transformers import AttentionInterface as A, DynamicCache as D\n"
+        "from transformers.masking_utils import AttentionMaskInterface as I\n"
         "from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as M\n"
-        "before = G._prepare_cache_for_generation, D.update, dict(M), list(A())\n"
+        "def now():\n"
+        "    return dict(vars(G)), dict(vars(D)), dict(M), list(A()), list(I())\n"
+        "before = now()\n"
         "import vmalloc.integrations.transformers\n"
-        "assert before == (G._prepare_cache_for_generation, D.update, dict(M), list(A()))\n"
+        "assert before == now()\n"
         "print('unchanged')"
     )
     assert out.strip() == "unchanged"
@@ -217,14 +311,15 @@ def test_without_transformers_there_is_one_clear_line() -> None:
     )
 
 
-def test_an_old_transformers_is_named() -> None:
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.1", "6.0.0.dev0"])
+def test_another_transformers_is_named(version: str) -> None:
     out = python(
         "import transformers\n"
-        "transformers.__version__ = '5.16.1'\n"
+        f"transformers.__version__ = {version!r}\n"
         "try:\n"
         "    import vmalloc.integrations.transformers\n"
         "except ImportError as error:\n"
         "    print(error)"
     )
-    assert "needs transformers>=5.17,<6; 5.16.1 is installed" in out
+    assert f"needs transformers>=5.17,<6; {version} is installed" in out
     assert len(out.splitlines()) == 1

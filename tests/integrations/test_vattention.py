@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,6 +187,17 @@ class TestSemantics:
         assert vattention.num_free_kvblocks() == 2
         assert vattention._cache._elastic.created_bytes == 2 * 4 * PAGE
 
+    def test_a_pool_that_the_driver_fails_to_make_is_given_back(self):
+        driver = _core.FaultDriver(make_driver())
+        init(driver=driver)
+        reserve(2)
+        driver.fail_call(9, _core.Fault.ERROR)
+        with pytest.raises(DriverError):
+            vattention.reserve_physical_pages(6 * 4 * PAGE)
+        assert vattention.num_free_kvblocks() == 2
+        assert vattention._cache._elastic.created_bytes == 2 * 4 * PAGE
+        reserve(6)
+
     def test_freed_slots_keep_their_pages_until_a_step_is_short(self):
         tensors = init()
         reserve(8)
@@ -293,12 +305,25 @@ class TestSemantics:
             ({"batch": 0}, "max_batch_size is 0"),
             ({"length": -4}, "max_context_length is -4"),
             ({"lookahead_tokens": -1}, "lookahead_tokens is -1"),
+            ({"batch": 4.0}, "max_batch_size is 4.0; it must be an integer"),
+            ({"layers": "2"}, "num_layers is '2'; it must be an integer"),
+            ({"batch": 1 << 50}, "would have .* bytes; at most"),
+            ({"length": 1 << 40}, "the address space has no room"),
         ],
     )
     def test_sizes_that_cannot_work(self, settings, words):
         with pytest.raises(ConfigError, match=words):
             init(**settings)
         init()
+
+    def test_numbers_of_any_integer_type(self):
+        tensors = init(layers=np.int64(2), batch=np.int32(4), length=np.int64(64), megacache=2)
+        assert {tensor.shape for tensor in tensors} == {(BATCH, LENGTH, LAYERS, HEADS, SIZE)}
+        vattention.reserve_physical_pages(np.int64(1 << 20))
+        slot = vattention.alloc_new_batch_idx(torch.tensor(7))
+        vattention.step(np.array([7, 0, 0, 0]))
+        vattention.step_async(torch.tensor([8, 0, 0, 0]))
+        vattention.free_batch_idx(np.int32(slot))
 
     def test_bad_arguments_lose_nothing(self):
         init()
@@ -316,8 +341,9 @@ class TestSemantics:
                 vattention.free_batch_idx(batch_idx)
         with pytest.raises(ConfigError, match="seqlen is 0"):
             vattention.alloc_new_batch_idx(0)
-        with pytest.raises(ConfigError, match="free_memory is -1"):
-            vattention.reserve_physical_pages(-1)
+        for free_memory in (-1, 1e9):
+            with pytest.raises(ConfigError, match=f"free_memory is {free_memory}"):
+                vattention.reserve_physical_pages(free_memory)
         with pytest.raises(TypeError):
             vattention.step(None)
         assert mapped() == [2, 3, 0, 0]
@@ -332,6 +358,8 @@ class TestSemantics:
         vattention.show_allocator_state()
         out = capsys.readouterr().out
         assert "Max context length: 64" in out
+        assert "Bytes per elem: 2" in out
+        assert f"virt_buff_size: {BATCH * LENGTH * 512}" in out
         assert "reqId : seqlen: mapped: required" in out
 
     def test_after_cleanup_one_may_begin_anew(self):
@@ -493,6 +521,27 @@ class TestDefects:
         assert all(tensor[0, :32].eq(idx).all() for idx, tensor in enumerate(tensors))
         check()
 
+    @pytest.mark.parametrize("fault", [_core.Fault.OUT_OF_MEMORY, _core.Fault.ERROR], ids=str)
+    def test_7_common_pages_that_cannot_all_be_mapped_are_given_back(self, fault):
+        for call in range(30):
+            driver = _core.FaultDriver(make_driver())
+            tensors = init(driver=driver)
+            reserve(8)
+            driver.fail_call(call, fault)
+            try:
+                vattention.map_common_pages(13)
+                break
+            except (OutOfPagesError, DriverError):
+                pass
+            driver.fail_call(0, _core.Fault.NONE)
+            check()
+            assert (mapped(), vattention.num_free_kvblocks()) == ([0] * BATCH, 8)
+            vattention.step([8, 8, 0, 0])
+            tensors[0][0, :8], tensors[0][1, :8] = 1, 2
+            assert tensors[0][0, :8].eq(1).all()  # the two are not the same memory
+            vattention.cleanup()
+        assert call >= 12
+
     def test_8_slots_that_lack_pages_do_not_make_more_of_them(self):
         init()
         reserve(4)
@@ -535,6 +584,17 @@ class TestDefects:
             for tensor in tensors:
                 tensor[slot, :24] = 9
             vattention.free_batch_idx(slot)
+        # Nor does one that came without alloc_new_batch_idx.
+        vattention.step([0, 20, 0, 0])
+        assert all(tensor[1, :20].eq(0).all() for tensor in tensors)
+        for tensor in tensors:
+            tensor[1, :20] = 9
+        vattention.step([0, 0, 0, 0])
+        vattention.step([0, 5, 0, 0])
+        assert all(tensor[1, :20].eq(0).all() for tensor in tensors)
+        vattention.step([0, 20, 0, 0])
+        for tensor in tensors:
+            tensor[1, :20] = 9
         # Pages that move to another slot are cleared as well.
         vattention.step([0, 0, 0, 0], True)
         vattention.step([40, 20, 0, 0])
@@ -634,7 +694,62 @@ def test_a_forked_child_hears_that_it_has_no_cache():
     assert tensors[0][0, :16].eq(1).all()
 
 
+def test_a_forked_child_may_begin_anew():
+    init(driver="host")
+    reserve(8)
+    vattention.step_async([16, 0, 0, 0])
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            vattention.cleanup()
+            tensors = init(driver="host")
+            reserve(8)
+            vattention.step_async([16, 0, 0, 0])
+            tensors[0][0, :16] = 1
+            vattention.cleanup()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    vattention.step_async([17, 0, 0, 0])
+
+
+def test_an_error_that_ends_the_thread_is_reported_once():
+    init(driver="host")
+    reserve(8)
+    vattention._cache._ahead = vattention._cache._thread.submit(lambda: [][1])
+    with pytest.raises(IndexError):
+        vattention.num_free_kvblocks()
+    assert vattention.num_free_kvblocks() == 8
+    vattention.cleanup()
+
+
+def test_of_two_threads_that_begin_one_has_the_cache():
+    barrier, results = threading.Barrier(4), []
+
+    def begin():
+        barrier.wait()
+        try:
+            results.append(len(init(driver="host")))
+        except ConfigError:
+            results.append(None)
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results, key=str) == [2 * LAYERS, None, None, None]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"device is 'cuda:0'; torch .* sees 0 CUDA devices"):
         vattention.init_kvcache(1, 1, 64, 2, 64, 0, torch.float16, 2 << 20, False)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", None, 1.5, -1, "cuda:-1"])
+def test_a_device_that_cannot_be_is_named(device):
+    with pytest.raises(ConfigError, match="device is"):
+        vattention.init_kvcache(1, 1, 64, 2, 64, device, torch.float16, 2 << 20, False)

@@ -9,7 +9,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vmalloc import ConfigError, SequenceGroupSpec, VirtualKVCache, _core, create_kv_backend
 from vmalloc.core_setup import make_driver
 
-from .backends import BACKENDS, BASES, SHAPES, Contents, make_config, stand_in_driver
+from .backends import (
+    BACKENDS,
+    BASES,
+    SHAPES,
+    Contents,
+    books,
+    make_config,
+    stand_in_driver,
+)
 from .page_maps import check_page_map
 
 MAX_LEN = 96
@@ -278,21 +286,32 @@ class BackendMachine(RuleBasedStateMachine):
         del group[seq_id], self.salts[seq_id]
         self.swapped = [other for other in self.swapped if other]
 
-    @precondition(lambda self: self.step is None)
     @rule()
     def sleep(self):
-        if not self.cache.try_sleep():
+        before = books(self.cache)
+        if self.step is not None:
+            with pytest.raises(ConfigError, match="still open"):
+                self.cache.try_sleep()
             return
-        stats = self.cache.stats()
-        num_pinned = self.cache.prefix_stats().pinned_pages if self.is_virtual else 0
-        assert stats.created_pages <= stats.retired_pages + num_pinned
+        if not self.cache.try_sleep():
+            assert books(self.cache) == before
+            return
+        self.is_all_given_back()
         with pytest.raises(ConfigError, match="asleep"):
             self.cache.flush_prefixes()
         if not self.cache.try_wake():
+            self.is_all_given_back()
             # Pages that a kernel may still read are in the way until it is done.
             self.driver.hold_fences(False)
             self.driver.fail_call(0, _core.Fault.NONE)
             assert self.cache.try_wake()
+
+    def is_all_given_back(self):
+        stats = self.cache.stats()
+        num_pinned = self.cache.prefix_stats().pinned_pages if self.is_virtual else 0
+        assert stats.created_pages <= stats.retired_pages + num_pinned
+        assert stats.swapped_bytes <= self.cache.config.swap_bytes
+        check_page_map(self.cache.page_map(), stats)
 
     # Capacity and steps
 

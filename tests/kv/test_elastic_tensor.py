@@ -171,6 +171,35 @@ class TestDecommit:
             assert anew.eq(0).all() == zero_on_reuse
             assert torch.isfinite(anew).all()
 
+    def test_spare_memory_that_the_machine_has_not_is_refused_before_it_is_taken(self):
+        with elastic_tensor((1 << 40,), "uint8", driver="host") as elastic:
+            creates = elastic._driver.counters()["create_calls"]
+            assert not elastic.create_spare(1 << 40)  # fallocate would go on until it is killed
+            assert elastic._driver.counters()["create_calls"] == creates
+            assert elastic.create_spare(1 << 20)
+
+    def test_spare_memory_whose_creation_fails_goes_back(self):
+        driver = _core.FaultDriver(make_driver())
+        with make(driver=driver) as elastic:
+            assert elastic.create_spare(2 * PAGE)
+            driver.fail_call(3, _core.Fault.ERROR)
+            with pytest.raises(DriverError):
+                elastic.create_spare(9 * PAGE)
+            elastic.check_invariants()
+            assert elastic.created_bytes == 2 * PAGE
+
+    def test_a_cap_has_moved_even_if_memory_beyond_it_could_not_go_back(self):
+        driver = _core.FaultDriver(make_driver())
+        with make(driver=driver, spare_bytes=1 << 20) as elastic:
+            assert elastic.create_spare(8 * PAGE)
+            driver.fail_release_call(2)
+            with pytest.raises(DriverError):
+                elastic.resize(4 * PAGE)
+            assert (elastic.capacity_bytes, elastic.available_bytes) == (4 * PAGE, 4 * PAGE)
+            elastic.trim()
+            assert elastic.commit(range(27))
+            assert not elastic.commit(range(28, 34))
+
     def test_resize_moves_the_cap(self):
         with make(capacity_bytes=0) as elastic:
             assert not elastic.commit(range(1))
@@ -381,14 +410,33 @@ class TestMisuse:
             ({"driver": "null"}, "no tensors"),
             ({"driver": "rocm"}, "driver is 'rocm'"),
             ({"shape": (1 << 50, 1 << 10)}, "address space"),
+            ({"shape": (1 << 60, 1 << 10)}, r"would have \d+ bytes; at most"),
+            ({"shape": 10}, "shape is 10; it must be a sequence of integers"),
+            ({"capacity_bytes": 1e9}, "capacity_bytes is 1000000000.0; it must be an integer"),
+            ({"capacity_bytes": 1 << 80}, "capacity_bytes is .*; it must be at most"),
+            ({"num_tensors": "2"}, "num_tensors is '2'; it must be an integer"),
+            ({"page_bytes": 1 << 80}, "page_bytes is .*; it must be at most"),
+            ({"driver": _core.make_host_driver(PAGE), "page_bytes": 65536}, "given has 4096"),
+            ({"driver": _core.make_host_driver(PAGE), "device": "xpu"}, "'xpu'; supported: cpu"),
         ],
     )
     def test_settings(self, settings, words):
         with pytest.raises(ConfigError, match=words):
             elastic_tensor(**{"shape": (10, 10), "dtype": torch.float32, **settings})
 
+    def test_sizes_may_be_of_any_integer_type(self):
+        with elastic_tensor(
+            np.array([100, 150]), "float32", num_tensors=np.int32(2), spare_bytes=np.int64(5)
+        ) as elastic:
+            assert elastic.shape == (100, 150)
+            assert elastic.commit(range(np.int64(3), np.int64(9)))
+
     def test_sizes(self):
         with make(driver="host") as elastic:
+            for call in (elastic.create_spare, elastic.resize):
+                for size in (2.5, 1 << 80):
+                    with pytest.raises(ConfigError, match=r"_bytes is .*; it must be"):
+                        call(size)
             with pytest.raises(ConfigError, match="num_bytes is -1"):
                 elastic.create_spare(-1)
             with pytest.raises(ConfigError, match="capacity_bytes is -1"):
@@ -454,6 +502,17 @@ class TestDevice:
             assert lazy.run_stream(stream) == 0
             elastic.commit(range(60, 61), stream=stream)
             assert elastic.created_bytes == elastic.committed_bytes
+        lazy.check("cuStreamDestroy_v2", stream)
+
+    def test_closing_waits_for_the_current_stream_too(self, lazy):
+        stream = lazy.value("cuStreamCreate", 1)
+        elastic = make()
+        assert elastic.commit(range(50), stream=stream)
+        assert elastic.commit(range(50, 60), stream=0)
+        assert elastic.commit(range(60, 61), stream=stream)  # the last to be named
+        lazy.touch(elastic.tensor.data_ptr(), 50 * ROW)  # on the current one
+        elastic.close()
+        assert lazy.run_stream() == 0
         lazy.check("cuStreamDestroy_v2", stream)
 
     def test_a_commit_waits_where_only_retired_pages_are_missing(self, lazy):

@@ -1,6 +1,8 @@
 """VirtualKVCache as an engine meets it: views, batch views, errors, lifetime."""
 
+import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,10 @@ def make_cache(**changes):
         **changes,
     }
     return VirtualKVCache(KVCacheConfig(**settings))
+
+
+def num_page_mappings():
+    return Path("/proc/self/maps").read_text().count("memfd:vmalloc")
 
 
 def admit(cache, seq_id, num_tokens):
@@ -156,6 +162,24 @@ def test_closing_gives_memory_back_and_is_idempotent():
     assert k.sum() == 0
     with pytest.raises(ClosedError):
         cache.stats()
+
+
+def test_what_nobody_closed_goes_with_the_last_view():
+    """By reference counting alone; until then the view shows what was written."""
+    before = num_page_mappings()
+    gc.disable()
+    try:
+        cache = make_cache()
+        slot = admit(cache, 0, 50)
+        part = cache.layer_views(3)[1][slot, 20:50]
+        part.fill_(2.0)
+        del cache
+        assert (part == 2.0).all()
+        assert num_page_mappings() > before
+        del part
+        assert num_page_mappings() == before
+    finally:
+        gc.enable()
 
 
 def test_pickling_says_what_to_do_instead():

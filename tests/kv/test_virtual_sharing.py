@@ -11,29 +11,14 @@ from vmalloc import (
     DriverError,
     LayerKVSpec,
     SequenceGroupSpec,
-    VirtualKVCache,
     _core,
 )
 
-from .backends import BASES, Contents, Engine, books, make_config
+from .backends import BASES, books
+from .faulty import FaultyEngine
 
 PAGE = 4096
 ROWS = 4  # of the shape "power of two", in a page
-
-
-class FaultyEngine(Engine):
-    """An engine over a driver that holds fences and fails when told to."""
-
-    def __init__(self, shape="power of two", **changes):
-        config = make_config(shape, **changes)
-        self.driver = _core.FaultDriver(_core.make_host_driver(config.page_bytes))
-        self.cache = VirtualKVCache(config, driver=self.driver)
-        self.contents = Contents(self.cache)
-        self.tokens = {}
-        self.salts = {}
-
-    def step(self):
-        self.cache.end_step(self.cache.begin_step())
 
 
 def leave_prefixes(engine, count, num_pages):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,16 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.chromium import launched_chromium
+
 from .process import ServerProcess, running_server
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 WAIT_MS = 60_000
 KEY = "a-key"
-SMALL = ("--kv-cache-memory-bytes", str(32 << 20), "--max-num-seqs", "8")
+# Without the fused forward pass, so that a stream lasts while the page is looked at.
+SMALL = ("--kv-cache-memory-bytes", str(32 << 20), "--max-num-seqs", "8", "--fused", "off")
 PROMPT = "class Stack:"
 
 # Pixels of the map in the colour that the legend says live pages have.
@@ -45,28 +42,10 @@ LIVE_PIXELS = """() => {
 }"""
 
 
-def absence() -> str | None:
-    """Why there is no browser to test with, or None."""
-    try:
-        import playwright.sync_api  # noqa: F401
-    except ImportError:
-        return "playwright is not installed"
-    return None if CHROMIUM.exists() else f"Chromium is not at {CHROMIUM}"
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    reason = absence()
-    if reason is not None:
-        if os.environ.get("VMALLOC_REQUIRE_BROWSER") == "1":
-            pytest.fail(f"VMALLOC_REQUIRE_BROWSER is 1, but {reason}")
-        pytest.skip(f"{reason}; the page is tested in Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+    with launched_chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,14 @@ Names, order of arguments and meaning are the original's. What differs:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from ..elastic import DriverChoice
-from ..errors import ConfigError
+from ..errors import ClosedError, ConfigError
 from .vattention_cache import OutOfPagesError, VAttentionCache
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
 ]
 
 _cache: VAttentionCache | None = None
+_cache_lock = Lock()  # while it changes
 _is_verbose = False
+_TWO_CACHES = "there is a KV cache already; call cleanup() before another init_kvcache"
 
 
 def init_kvcache(
@@ -86,7 +90,7 @@ def init_kvcache(
     """
     global _cache
     if _cache is not None:
-        raise ConfigError("there is a KV cache already; call cleanup() before another init_kvcache")
+        raise ConfigError(_TWO_CACHES)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype is {dtype!r}; it must be a torch.dtype")
     cache = VAttentionCache(
@@ -103,9 +107,14 @@ def init_kvcache(
         zero_on_reuse=zero_on_reuse,
         driver=driver,
     )
-    tensors = cache.tensors()
-    _cache = cache
-    return tensors
+    with _cache_lock:
+        is_first = _cache is None
+        if is_first:
+            _cache = cache
+    if not is_first:  # another thread was faster
+        cache.close()
+        raise ConfigError(_TWO_CACHES)
+    return cache.tensors()
 
 
 def reserve_physical_pages(free_memory: int) -> int:
@@ -183,11 +192,16 @@ def release_kvcache_physical() -> None:
 
 
 def cleanup() -> None:
-    """Unmap and give back everything; tensors that are left keep their addresses. Idempotent."""
+    """Unmap and give back everything; tensors that are left keep their addresses. Idempotent.
+
+    In a forked child there is nothing to give back, and ``init_kvcache`` may begin anew.
+    """
     global _cache
-    cache, _cache = _cache, None
+    with _cache_lock:
+        cache, _cache = _cache, None
     if cache is not None:
-        cache.close()
+        with suppress(ClosedError):
+            cache.close()
 
 
 def set_verbose(val: bool) -> None:
@@ -205,6 +219,9 @@ def show_kvcache_config() -> None:
         f"Head size: {cache.head_size}",
         f"Max batch size: {cache.max_batch_size}",
         f"Max context length: {cache.max_context_length}",
+        f"Bytes per elem: {cache.dtype.itemsize}",
+        f"virt_buff_size_per_req: {cache.slot_bytes}",
+        f"virt_buff_size: {cache.slot_bytes * cache.max_batch_size}",
         f"Page size: {cache.page_bytes}",
         f"KV block size: {cache.block_bytes}",
         f"Megacache: {cache.megacache}",

@@ -20,8 +20,8 @@ from threading import RLock
 import torch
 from torch import Tensor
 
-from ..device import current_stream, tensor_device
-from ..elastic import DriverChoice, ElasticTensor
+from ..device import check_device, current_stream, tensor_device
+from ..elastic import MOST_BYTES, DriverChoice, ElasticTensor, checked_size
 from ..errors import ConfigError, DriverError, VmallocError
 from .vattention_layout import SlotLayout
 
@@ -54,32 +54,27 @@ class VAttentionCache:
         zero_on_reuse: bool,
         driver: DriverChoice,
     ) -> None:
-        for name, size in (
-            ("num_layers", num_layers),
-            ("num_kv_heads", num_kv_heads),
-            ("head_size", head_size),
-            ("max_batch_size", max_batch_size),
-            ("max_context_length", max_context_length),
-            ("page_size", page_size),
-        ):
-            if size < 1:
-                raise ConfigError(f"{name} is {size}; it must be at least 1")
-        if lookahead_tokens < 0:
-            raise ConfigError(f"lookahead_tokens is {lookahead_tokens}; it must be 0 or more")
-        self.num_layers, self.num_kv_heads, self.head_size = num_layers, num_kv_heads, head_size
-        self.max_batch_size, self.max_context_length = max_batch_size, max_context_length
-        self.megacache = megacache
+        self.num_layers = checked_size("num_layers", num_layers, 1)
+        self.num_kv_heads = checked_size("num_kv_heads", num_kv_heads, 1)
+        self.head_size = checked_size("head_size", head_size, 1)
+        self.max_batch_size = checked_size("max_batch_size", max_batch_size, 1)
+        self.max_context_length = checked_size("max_context_length", max_context_length, 1)
+        page_size = checked_size("page_size", page_size, 1)
+        lookahead_tokens = checked_size("lookahead_tokens", lookahead_tokens, 0)
+        self.megacache = bool(megacache)
         self.is_deferred = True
         self.worker_error = ""
+        self.dtype = dtype
         self._zero_on_reuse = zero_on_reuse
-        name = f"cuda:{device}" if isinstance(device, int) else str(device)
+        name = _device_name(device)
+        check_device(name)
         self._device = tensor_device(name)
-        row_shape = [num_layers] * megacache + [num_kv_heads, head_size]
+        row_shape = [self.num_layers] * self.megacache + [self.num_kv_heads, self.head_size]
         self._layout = SlotLayout(
-            prod(row_shape) * dtype.itemsize, page_size, max_context_length, lookahead_tokens
+            prod(row_shape) * dtype.itemsize, page_size, self.max_context_length, lookahead_tokens
         )
-        shape = (max_batch_size * self._layout.slot_rows, *row_shape)
-        num_tensors = 2 if megacache else 2 * num_layers
+        shape = (self.max_batch_size * self._layout.slot_rows, *row_shape)
+        num_tensors = 2 if self.megacache else 2 * self.num_layers
         self._elastic = ElasticTensor(
             shape,
             dtype,
@@ -87,15 +82,16 @@ class VAttentionCache:
             num_tensors=num_tensors,
             capacity_bytes=0,
             page_bytes=page_size,
-            spare_bytes=num_tensors * prod(shape) * dtype.itemsize,  # a pool gives nothing back
+            spare_bytes=MOST_BYTES,  # a pool gives nothing back
             zero_on_reuse=zero_on_reuse,
             driver=driver,
         )
         self.page_bytes = self._elastic.page_bytes
         self.block_bytes = self.page_bytes * len(self._elastic.tensors)
-        self._lens = [0] * max_batch_size
-        self._backed = [0] * max_batch_size  # rows from the slot's first on
-        self._common_rows = [0] * max_batch_size  # of those, what map_common_pages gave
+        self.slot_bytes = self._layout.slot_rows * self._layout.row_bytes
+        self._lens = [0] * self.max_batch_size
+        self._backed = [0] * self.max_batch_size  # rows from the slot's first on
+        self._common_rows = [0] * self.max_batch_size  # of those, what map_common_pages gave
         self._lock = RLock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vattention")
         self._ahead: Future[None] | None = None
@@ -103,7 +99,7 @@ class VAttentionCache:
     def tensors(self) -> list[Tensor]:
         """Per layer: K of every layer, then V of every layer, ``[B, L, H, D]``; megacache: K and V,
         ``[B, L, N, H, D]``."""
-        stride = self._layout.slot_rows * self._layout.row_bytes // self._elastic.dtype.itemsize
+        stride = self.slot_bytes // self.dtype.itemsize
         return [
             tensor.as_strided(
                 (self.max_batch_size, self.max_context_length, *tensor.shape[1:]),
@@ -116,15 +112,19 @@ class VAttentionCache:
 
     def reserve_pages(self, num_bytes: int) -> int:
         """Create as many pages as fit into ``num_bytes``, in whole blocks; how many there are."""
-        if num_bytes < 0:
-            raise ConfigError(f"free_memory is {num_bytes}; it must be 0 or more")
+        num_bytes = checked_size("free_memory", num_bytes, 0)
         with self._entered():
             before = self._elastic.capacity_bytes
             wanted = num_bytes // self.block_bytes * self.block_bytes
             if wanted > before:
-                self._elastic.resize(wanted)
-                if not self._elastic.create_spare(wanted - self._elastic.committed_bytes):
-                    self._elastic.resize(before)
+                is_there = False
+                try:
+                    self._elastic.resize(wanted)
+                    is_there = self._elastic.create_spare(wanted - self._elastic.committed_bytes)
+                finally:
+                    if not is_there:
+                        self._elastic.resize(before)
+                if not is_there:
                     raise OutOfPagesError(
                         f"{wanted} bytes of pages were asked for; {self._device} has not so many, "
                         f"and the pool stays at {before}"
@@ -163,11 +163,8 @@ class VAttentionCache:
                 slot = min(fits, key=lambda slot: self._backed[slot])
             else:
                 slot = max(inactive, key=lambda slot: self._backed[slot])
-            if self._zero_on_reuse:
-                own = self._layout.rows_of(slot, self._common_rows[slot], self._backed[slot])
-                for tensor in self._elastic.tensors:
-                    tensor[own.start : own.stop].zero_()
-            self._lens[slot] = seq_len
+            self._clear(slot)
+            self._lens[slot] = index(seq_len)
             return slot
 
     def free(self, slot: int) -> None:
@@ -194,14 +191,16 @@ class VAttentionCache:
             num_rows = self._layout.round_up(num_tokens)
             if num_rows == 0:
                 return
-            source = self._layout.rows_of(0, 0, num_rows)
-            is_mapped = self._elastic.commit(source)
-            for slot in range(1, self.max_batch_size):
-                first = self._layout.rows_of(slot, 0, 1).start
-                is_mapped = is_mapped and self._elastic.alias(source, first)
+            parts = [self._layout.rows_of(s, 0, num_rows) for s in range(self.max_batch_size)]
+            is_mapped = False
+            try:
+                is_mapped = self._elastic.commit(parts[0]) and all(
+                    self._elastic.alias(parts[0], part.start) for part in parts[1:]
+                )
+            finally:
+                if not is_mapped:
+                    self._elastic.decommit(*parts)
             if not is_mapped:
-                slots = range(self.max_batch_size)
-                self._elastic.decommit(*(self._layout.rows_of(s, 0, num_rows) for s in slots))
                 raise self._shortage(self._layout.blocks(num_rows))
             self._backed = [num_rows] * self.max_batch_size
             self._common_rows = list(self._backed)
@@ -256,9 +255,9 @@ class VAttentionCache:
         """
         _ = self._elastic.committed_bytes
         with self._lock:
-            if self._ahead is not None:
-                self._ahead.result()
-                self._ahead = None
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None:
+                ahead.result()
             yield
 
     def _advance(self, lens: list[int], is_eager: bool) -> None:
@@ -271,6 +270,9 @@ class VAttentionCache:
             raise self._shortage(missing)
         is_backed = False
         try:
+            for slot, length in enumerate(old):
+                if length == 0 and lens[slot] > 0:
+                    self._clear(slot)  # a sequence that did not come by alloc
             if is_eager:
                 self._release()
             is_backed = self._try_back(targets, None)
@@ -341,9 +343,9 @@ class VAttentionCache:
                 continue
             before = self._backed[slot]
             left = layout.rows_in(layout.blocks(before) - taken)
-            self._backed[slot] = max(left, self._kept_rows(slot, targets))
-            given_up = layout.rows_of(slot, self._backed[slot], before)
-            self._elastic.decommit(given_up, stream=stream)
+            left = max(left, self._kept_rows(slot, targets))
+            self._elastic.decommit(layout.rows_of(slot, left, before), stream=stream)
+            self._backed[slot] = left
             num_blocks -= taken
 
     def _release(self) -> None:
@@ -352,6 +354,14 @@ class VAttentionCache:
         self._elastic.decommit(*(self._layout.rows_of(s, 0, self._backed[s]) for s in idle))
         for slot in idle:
             self._backed[slot] = self._common_rows[slot] = 0
+
+    def _clear(self, slot: int) -> None:
+        """Let a new sequence find zeros in what the slot's last one left, if it is to."""
+        if not self._zero_on_reuse:
+            return
+        own = self._layout.rows_of(slot, self._common_rows[slot], self._backed[slot])
+        for tensor in self._elastic.tensors:
+            tensor[own.start : own.stop].zero_()
 
     # Arithmetic -----------------------------------------------------------------------------------
 
@@ -398,3 +408,10 @@ class VAttentionCache:
             f"{self._num_free()} are free and {capacity // self.block_bytes} were reserved "
             "(reserve_physical_pages)"
         )
+
+
+def _device_name(device: int | str | torch.device) -> str:
+    """``0`` is ``"cuda:0"``."""
+    if isinstance(device, (str, torch.device)):
+        return str(device)
+    return f"cuda:{checked_size('device', device, 0)}"

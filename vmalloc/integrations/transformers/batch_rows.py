@@ -5,6 +5,7 @@ Thread-safety: none; the thread that runs the model.
 
 What a layer stores is known when it first brings something. The first layer speaks for all; if a
 later one differs, the rows are laid out anew and what the first ones had written is copied, once.
+The same happens when rows or tokens pass what was reserved, unless somebody named a limit.
 """
 
 from __future__ import annotations
@@ -49,12 +50,26 @@ class BatchRows:
         self._expected: dict[int, LayerShape] = {}
         self._devices: dict[torch.device, DeviceRows] = {}
         self._max_batch = self._max_len = 0
+        self._reserved: tuple[int, int] | None = None
         self._shared_tokens = 0  # what was written before rows were last selected
         self._is_closed = False
 
     @property
     def max_len(self) -> int:
         return self._max_len or self.settings.max_len
+
+    @property
+    def is_max_len_said(self) -> bool:
+        return self.settings.is_max_len_given or self._reserved is not None
+
+    @property
+    def is_max_batch_said(self) -> bool:
+        return self.settings.max_batch is not None or self._reserved is not None
+
+    @property
+    def reserved(self) -> tuple[int, int] | None:
+        """``max_batch`` and ``max_len`` of the last ``reserve()``."""
+        return self._reserved
 
     @property
     def is_laid_out(self) -> bool:
@@ -124,18 +139,6 @@ class BatchRows:
                 rows.end_step()
             self.batch = 0
 
-    def check_select(self, sources: Sequence[int]) -> None:
-        """Raises ``ConfigError`` if ``select`` can never do that."""
-        self._check_open()
-        for source in sources:
-            if not 0 <= source < self.batch:
-                raise ConfigError(f"row {source} is asked for; the cache has {self.batch} rows")
-        if len(sources) > self._max_batch:
-            raise ConfigError(
-                f"{len(sources)} rows are asked for; max_batch is {self._max_batch}: give "
-                "VirtualCache(max_batch=...) or call reserve() first"
-            )
-
     def select(self, sources: Sequence[int]) -> None:
         """Let row ``i`` be what row ``sources[i]`` is now, sharing whole pages.
 
@@ -143,9 +146,19 @@ class BatchRows:
             CacheFullError: pages are short; nothing has changed.
             ConfigError: there is no such row, or they are too many.
         """
-        self.check_select(sources)
+        self._check_open()
+        for source in sources:
+            if not 0 <= source < self.batch:
+                raise ConfigError(f"row {source} is asked for; the cache has {self.batch} rows")
         if list(sources) == list(range(self.batch)):
             return
+        if len(sources) > self._max_batch:
+            if self.is_max_batch_said:
+                raise ConfigError(
+                    f"{len(sources)} rows are asked for; max_batch is {self._max_batch}: give "
+                    "VirtualCache(max_batch=...) or call reserve() first"
+                )
+            self._lay_out(self._expected, 2 * len(sources), self._max_len)
         done: list[DeviceRows] = []
         for rows in self._devices.values():
             if not rows.try_select(self.batch, sources, self.num_tokens):
@@ -172,9 +185,9 @@ class BatchRows:
         for name, value in (("max_batch", max_batch), ("max_len", max_len)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        self._max_batch, self._max_len = max_batch, max_len
         if self._devices:
             self._lay_out(self._expected, max_batch, max_len)
+        self._max_batch, self._max_len = self._reserved = (max_batch, max_len)
 
     def stats(self) -> dict[str, KVCacheStats]:
         return {str(device): rows.stats() for device, rows in self._devices.items()}
@@ -203,12 +216,11 @@ class BatchRows:
         if not max_batch:
             max_len = settings.max_len
             max_batch = settings.max_batch or self._roomy_batch(batch, max_len)
-        if self.num_tokens == 0:
-            # Nobody said so much would do, and nothing has to be copied: take more.
-            if settings.max_batch is None:
-                max_batch = max(max_batch, batch)
-            if not settings.is_max_len_given:
-                max_len = max(max_len, num_tokens)
+        # Nobody said so much would do: take more, with room to spare, for what is there moves.
+        if batch > max_batch and not self.is_max_batch_said:
+            max_batch = 2 * batch
+        if num_tokens > max_len and not self.is_max_len_said:
+            max_len = 2 * num_tokens
         if batch > max_batch:
             raise ConfigError(
                 f"the batch has {batch} rows; max_batch is {max_batch}: give "
@@ -232,33 +244,42 @@ class BatchRows:
         for layer_idx, shape in expected.items():
             shapes_of.setdefault(shape.device, {})[layer_idx] = shape
         settings = self.settings
-        old = self._devices
-        new = {
-            device: DeviceRows(
-                shapes,
-                max_batch=max_batch,
-                max_len=max_len,
-                capacity_bytes=settings.capacity_bytes,
-                page_bytes=settings.page_bytes,
-                layers_per_group=settings.layers_per_group,
-                commit_ahead_tokens=settings.commit_ahead_tokens,
-            )
-            for device, shapes in shapes_of.items()
-        }
-        if self.num_tokens > 0:
+        new: dict[torch.device, DeviceRows] = {}
+        try:
+            for device, shapes in shapes_of.items():
+                new[device] = DeviceRows(
+                    shapes,
+                    max_batch=max_batch,
+                    max_len=max_len,
+                    capacity_bytes=settings.capacity_bytes,
+                    page_bytes=settings.page_bytes,
+                    layers_per_group=settings.layers_per_group,
+                    commit_ahead_tokens=settings.commit_ahead_tokens,
+                )
+            if self.num_tokens > 0:
+                self._copy_to(new)
+        except BaseException:  # whoever keeps the exception would keep the pages
             for rows in new.values():
-                if not rows.try_extend(self.batch, self.num_tokens):
-                    raise self._full(rows, f"{self.num_tokens} tokens of {self.batch} rows twice")
-            for layer_idx, shape in self._known.items():
-                place = (layer_idx, self.batch, self.num_tokens)
-                for to, source in zip(
-                    new[shape.device].views(*place), old[shape.device].views(*place), strict=True
-                ):
-                    to.copy_(source)
+                rows.close()
+            raise
+        # The old rows go with the last view of them: an earlier layer's attention may have one.
         self._devices = new
         self._max_batch, self._max_len = max_batch, max_len
-        for rows in old.values():
-            rows.close()
+        self._shared_tokens = 0
+
+    def _copy_to(self, new: dict[torch.device, DeviceRows]) -> None:
+        for rows in new.values():
+            if not rows.try_extend(self.batch, self.num_tokens):
+                raise self._full(
+                    rows,
+                    f"{self.num_tokens} tokens of {self.batch} rows a second time, to move them "
+                    "where there is room: give VirtualCache(max_batch=..., max_len=...)",
+                )
+        for layer_idx, shape in self._known.items():
+            place = (layer_idx, self.batch, self.num_tokens)
+            old = self._devices[shape.device].views(*place)
+            for to, source in zip(new[shape.device].views(*place), old, strict=True):
+                to.copy_(source)
 
     def _full(self, rows: DeviceRows, what: str) -> CacheFullError:
         stats = rows.stats()

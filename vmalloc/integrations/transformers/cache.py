@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -20,11 +19,12 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from ...errors import ConfigError, VmallocError
+from ...errors import ConfigError
 from .batch_rows import BatchRows, RowSettings
 from .errors import CacheFullError
 from .layer import VirtualLayer, cropped
-from .shapes import context_tokens
+from .other_layers import cross_attention_layers, is_full_attention, start_over
+from .shapes import context_tokens, decoder_config
 from .stats import VirtualCacheStats
 
 # Of transformers' own layers those that say how many tokens they have seen.
@@ -37,18 +37,20 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     A token's keys and values are written once and never copied: attention gets strided views
     ``[batch, num_kv_heads, num_tokens, head_dim]`` of contiguous rows that grow as pages are mapped
     behind them. Beam search, ``batch_repeat_interleave`` and ``batch_select_indices`` share whole
-    pages among rows instead of copying the cache. Layers that are not full attention (sliding
-    windows, recurrent states) are those that transformers would use.
+    pages among rows instead of copying the cache. Layers that are not full self-attention (sliding
+    windows, recurrent states, attention to an image) are those that transformers would use.
 
     Keys, values and everything that attention was given are views: they are good until the cache
-    changes, and gone with it. Clone what should outlive it. For inference only; ``backward()``
-    through it raises ``InferenceOnlyError``.
+    changes or is closed. Clone what should outlive that, and what is saved: torch saves a view with
+    all the address space around it. For inference only; ``backward()`` through it raises
+    ``InferenceOnlyError``.
 
     Args:
         config: the model's config, or the model.
-        max_batch: most rows; None: room for 4 times the first batch, at least 64.
-        max_len: most tokens of a row; None: the model's maximum. Neither takes memory: only
-            address space is reserved, at the first call.
+        max_batch: most rows; None: room for 64 or 4 times the first batch.
+        max_len: most tokens of a row; None: room for the model's maximum. Neither takes memory:
+            only address space is reserved, at the first call. What passes a number that nobody
+            gave is moved once to where there is more room; past one that was given is an error.
         capacity_bytes: hard cap on physical memory a device; None: what the device has.
         page_bytes: physical unit; None: 64 KiB on the CPU, the granularity (2 MiB) on CUDA.
         layers_per_group: layers whose tokens lie side by side, so that they fill pages together;
@@ -76,7 +78,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         commit_ahead_tokens: int | None = None,
         layers: Sequence[Any] | None = None,
     ) -> None:
-        config = _decoder_config(config)
+        config = decoder_config(config)
         settings = {
             "max_batch": max_batch,
             "max_len": max_len,
@@ -91,7 +93,12 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             raise ConfigError(f"commit_ahead_tokens is {commit_ahead_tokens}; it must be 0 or more")
         if layers is None:
             layers = DynamicCache(config=config).layers
-        virtual = [idx for idx, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        crossing = cross_attention_layers(config)
+        virtual = [
+            idx
+            for idx, layer in enumerate(layers)
+            if is_full_attention(layer) and idx not in crossing
+        ]
         self._rows = BatchRows(
             virtual,
             RowSettings(
@@ -108,13 +115,18 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         Cache.__init__(
             self,
             layers=[
-                VirtualLayer(idx, self._rows) if type(layer) is DynamicLayer else layer
+                VirtualLayer(idx, self._rows) if idx in virtual else layer
                 for idx, layer in enumerate(layers)
             ],
         )
 
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing here is static."""
+        return False
+
     def reserve(self, max_batch: int, max_len: int) -> None:
-        """Reserve address space for so many rows of so many tokens; no memory is taken.
+        """Reserve address space for so many rows of so many tokens, at most; no memory is taken.
 
         Without it the first call does so, with room to spare.
 
@@ -123,6 +135,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """
         self._rows.reserve(max_batch, max_len)
 
+    # A compiler that looks into the allocator is at it for minutes, and finds nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -154,7 +168,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens; their pages stay for the next ones, see ``trim``."""
         self._rows.cut(0)
-        super().reset()
+        for layer in self.layers:
+            layer.reset()
+            start_over(layer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens.
@@ -162,13 +178,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         Raises:
             ValueError: a positive number, which transformers does not take any more (up to 5.17 it
                 is the length to keep).
+            RuntimeError: a layer of another kind has forgotten what would be needed.
         """
         num_tokens = cropped(self._rows.num_tokens, tokens_to_remove)
+        for layer in self._other_layers():  # first, because they may refuse
+            layer.crop(tokens_to_remove)
         for layer in self.layers:
             if isinstance(layer, VirtualLayer):
                 layer.forget(num_tokens)
-            else:
-                layer.crop(tokens_to_remove)
         if num_tokens < self._rows.num_tokens:
             self._rows.cut(num_tokens)
 
@@ -244,7 +261,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         self._rows.check_invariants()
 
     def close(self) -> None:
-        """Give everything back. Views of the cache are gone with it. Idempotent."""
+        """Give everything back, also what views of the cache show. Idempotent."""
         self._rows.close()
 
     def __enter__(self) -> VirtualCache:
@@ -257,10 +274,6 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with suppress(AttributeError, VmallocError):  # a cache that was never made, or exit
-            self._rows.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
         """A cache of its own with the same contents: to go on from one prompt more than once."""
@@ -279,6 +292,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             ],
         )
         memo[id(self)] = twin
+        if self._rows.reserved is not None:
+            twin.reserve(*self._rows.reserved)
         for layer, other in zip(self.layers, twin.layers, strict=True):
             if isinstance(layer, VirtualLayer) and layer.get_seq_length() > 0:
                 other.update(layer.keys, layer.values)
@@ -287,7 +302,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a VirtualCache cannot be pickled: its memory belongs to this process; copy.deepcopy() "
-            "makes another one here"
+            "makes another one here; to save it, clone the keys and values of its layers"
         )
 
     def _num_tokens(self) -> int:
@@ -302,16 +317,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     def _select(self, sources: list[int]) -> None:
         """Ours first: it may refuse, and then nothing may have changed."""
-        if self._rows.num_tokens > 0:
+        if self._rows.num_tokens == 0:
+            return
+        try:
             self._rows.select(sources)
-
-
-def _decoder_config(config: Any) -> Any:
-    """The decoder's part of a model's config, or of a model."""
-    config = getattr(config, "config", config)
-    if not hasattr(config, "get_text_config"):
-        raise ConfigError(
-            f"config is {type(config).__name__}; a VirtualCache is made for a model: give it "
-            "model.config"
-        )
-    return config.get_text_config(decoder=True)
+        except CacheFullError:
+            if self._rows.num_tokens == 0:  # one of several devices had gone ahead
+                self.reset()
+            raise

@@ -28,7 +28,6 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
     is_croppable = True
-    supports_early_init = False  # nothing to allocate; an early batch size would only be in the way
 
     def __init__(self, layer_idx: int, rows: BatchRows) -> None:
         self._layer_idx = layer_idx
@@ -95,8 +94,8 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._num_tokens
 
     def get_max_length(self) -> int:
-        """Tokens that address space is, or will be, reserved for."""
-        return self._rows.max_len
+        """Most tokens, if somebody named a limit; else -1, which is how transformers says none."""
+        return self._rows.max_len if self._rows.is_max_len_said else -1
 
     def forget(self, num_tokens: int) -> None:
         """Forget the tokens from ``num_tokens`` on; the cache gives their pages back."""
@@ -126,7 +125,7 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         """Nothing is ever elsewhere."""
 
     def _view(self, which: int) -> Tensor | None:
-        if not self.is_initialized:
+        if not (self.is_initialized and self._rows.is_laid_out):
             return None
         with torch.no_grad():
             return self._rows.views(self._layer_idx, self._num_tokens)[which]

@@ -18,9 +18,9 @@ from ...errors import ConfigError
 DEFAULT_MAX_TOKENS = 128 * 1024
 """Longest sequence where the model's config does not say: relative positions have no end."""
 
-MAX_RESERVED_BYTES = 4 << 40
-"""Address space that is taken when nobody said for how large a batch: a share of the 128 TiB that
-a process has."""
+MAX_RESERVED_BYTES = 256 << 30
+"""Address space that is taken when nobody said for how large a batch: so little of the 128 TiB of
+a process that hundreds of caches, of prompts to go on from, live side by side."""
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPE_BYTES}
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
@@ -67,6 +67,17 @@ class LayerShape:
             v_head_dim=self.v_head_dim,
             dtype=_DTYPE_NAMES[self.dtype],
         )
+
+
+def decoder_config(config: Any) -> Any:
+    """The decoder's part of a model's config, or of a model."""
+    config = getattr(config, "config", config)
+    if not hasattr(config, "get_text_config"):
+        raise ConfigError(
+            f"config is {type(config).__name__}; a VirtualCache is made for a model: give it "
+            "model.config"
+        )
+    return config.get_text_config(decoder=True)
 
 
 def context_tokens(config: Any) -> int:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 
 from .cache import VirtualCache
+from .other_layers import is_full_attention
 
 _CACHE_NAMES = ("past_key_values", "cache_params")
 
@@ -27,6 +28,7 @@ _settings: ContextVar[Mapping[str, Any] | None] = ContextVar("vmalloc_cache", de
 _lock = Lock()
 _num_open = 0
 _original: Callable[..., Any] | None = None
+_wrapper: Callable[..., Any] | None = None
 
 
 @contextmanager
@@ -34,8 +36,9 @@ def use_virtual_cache(**settings: Any) -> Iterator[None]:
     """Let ``generate()`` use a ``VirtualCache`` wherever it would make a ``DynamicCache`` itself.
 
     A cache that the caller passes, ``use_cache=False`` and any ``cache_implementation`` are left
-    alone. Of an encoder-decoder model the self-attention cache is ours. Each call gets a cache of
-    its own, which lives as long as somebody holds it (``outputs.past_key_values``).
+    alone, and so is the cache of a model none of whose layers is full attention. Of an
+    encoder-decoder model the self-attention cache is ours. Each call gets a cache of its own, which
+    lives as long as somebody holds it (``outputs.past_key_values``) or its keys and values.
 
     Args:
         settings: of ``VirtualCache``: ``capacity_bytes``, ``max_batch`` and so on.
@@ -50,21 +53,23 @@ def use_virtual_cache(**settings: Any) -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _num_open, _original
+    global _num_open, _original, _wrapper
     with _lock:
         if _num_open == 0:
             _original = GenerationMixin._prepare_cache_for_generation
-            GenerationMixin._prepare_cache_for_generation = _wrap(_original)
+            _wrapper = GenerationMixin._prepare_cache_for_generation = _wrap(_original)
         _num_open += 1
 
 
 def _leave() -> None:
-    global _num_open, _original
+    global _num_open, _original, _wrapper
     with _lock:
         _num_open -= 1
         if _num_open == 0:
-            GenerationMixin._prepare_cache_for_generation = _original
-            _original = None
+            # Whoever wrapped ours meanwhile keeps it; without a block it does nothing.
+            if GenerationMixin._prepare_cache_for_generation is _wrapper:
+                GenerationMixin._prepare_cache_for_generation = _original
+            _original = _wrapper = None
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +92,6 @@ def _replaced(cache: Any, config: Any, settings: Mapping[str, Any]) -> Any:
     """The cache that transformers just made, its full-attention layers over our pages."""
     if type(cache) is EncoderDecoderCache:
         cache.self_attention_cache = _replaced(cache.self_attention_cache, config, settings)
-    elif type(cache) is DynamicCache and cache.layers:
+    elif type(cache) is DynamicCache and any(map(is_full_attention, cache.layers)):
         return VirtualCache(config, layers=cache.layers, **settings)
     return cache

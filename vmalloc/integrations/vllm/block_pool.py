@@ -35,9 +35,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         return self.free_block_queue.num_obtainable
 
     def get_usage(self) -> float:
-        """Share of the pool in use, whatever the limit."""
-        num_blocks: int = self.num_gpu_blocks
-        return (self.free_block_queue.num_used_blocks - 1) / max(num_blocks - 1, 1)
+        """Share in use of the blocks that the cap lets one have, whatever the limit is now."""
+        queue = self.free_block_queue
+        return (queue.num_used_blocks - 1) / max(queue.num_blocks_under_cap - 1, 1)
 
     def reset_prefix_cache(self) -> bool:
         queue, limit = self.free_block_queue, self.free_block_queue.limit

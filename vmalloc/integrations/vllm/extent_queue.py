@@ -31,7 +31,8 @@ class ExtentQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 
     Attributes:
         num_free_blocks: all free blocks, with memory or without.
-        limit: most extents that may be backed.
+        limit: most extents that may be backed now.
+        cap: most that may ever be.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ExtentQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         self._extents = extents
         self._evict = evict
         self.num_free_blocks = len(blocks)
-        self.limit = extents.num_extents
+        self.limit = self.cap = extents.num_extents
         self._blanks: list[dict[int, Block]] = [{} for _ in range(extents.num_extents)]
         for block in blocks:
             self._blanks[extents.extent_of(block.block_id)][block.block_id] = block
@@ -129,6 +130,11 @@ class ExtentQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
     def num_used_blocks(self) -> int:
         """Blocks in use, the null block among them."""
         return self._extents.num_blocks - self.num_free_blocks
+
+    @property
+    def num_blocks_under_cap(self) -> int:
+        """Most blocks that can be in use, the null block among them."""
+        return min(self.cap * self._extents.blocks_per_extent, self._extents.num_blocks)
 
     @property
     def num_obtainable(self) -> int:

@@ -139,7 +139,17 @@ class KVMemory:
             self._drop()
 
     def resize(self, capacity_bytes: int) -> None:
-        """Move the cap; the scheduler learns of it when a step finds too little."""
+        """Move the cap; the scheduler learns of it when a step finds too little.
+
+        Raises:
+            ConfigError: it is more than the scheduler ever counts on.
+        """
+        most = self._options.capacity_bytes
+        if most is not None and capacity_bytes > most:
+            raise ConfigError(
+                f"capacity_bytes is {capacity_bytes}; vLLM was started with {most}, which the "
+                "scheduler does not exceed"
+            )
         self._elastic.resize(capacity_bytes)
 
     def stats(self) -> dict[str, int]:

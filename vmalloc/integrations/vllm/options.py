@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: immutable.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from ...errors import ConfigError
@@ -38,12 +39,17 @@ class ElasticOptions:
     page_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cached_fraction <= 1:
-            raise ConfigError(f"cached_fraction is {self.cached_fraction}; it must be in [0, 1]")
-        for name in ("capacity_bytes", "idle_s", "retry_s", "page_bytes"):
+        # They may come from JSON on a command line.
+        if not _is_number(self.cached_fraction) or not 0 <= self.cached_fraction <= 1:
+            raise ConfigError(f"cached_fraction is {self.cached_fraction!r}; it must be in [0, 1]")
+        for name in ("capacity_bytes", "page_bytes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0")
+            if value is not None and (type(value) is not int or value <= 0):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer above 0")
+        if self.idle_s is not None and not _is_duration(self.idle_s):
+            raise ConfigError(f"idle_s is {self.idle_s!r}; it must be seconds above 0, or None")
+        if not _is_duration(self.retry_s):
+            raise ConfigError(f"retry_s is {self.retry_s!r}; it must be seconds above 0")
 
     @classmethod
     def of(cls, vllm_config: Any) -> ElasticOptions:
@@ -54,6 +60,8 @@ class ElasticOptions:
         """
         config = vllm_config.additional_config
         settings = config.get(KEY, {}) if isinstance(config, dict) else {}
+        if not isinstance(settings, dict):
+            raise ConfigError(f"additional_config[{KEY!r}] is {settings!r}; it must be a dict")
         names = {field.name for field in fields(cls)}
         for name in settings:
             if name not in names:
@@ -61,6 +69,15 @@ class ElasticOptions:
                     f"additional_config[{KEY!r}] has {name!r}; options: {', '.join(sorted(names))}"
                 )
         return cls(**settings)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_duration(value: Any) -> bool:
+    """Seconds that a timer can wait."""
+    return _is_number(value) and 0 < value <= TIMEOUT_MAX
 
 
 def engine_args(**options: Any) -> dict[str, Any]:

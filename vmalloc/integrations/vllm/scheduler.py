@@ -50,7 +50,11 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(vllm_config, kv_cache_config, *args, **keywords)
         pool = ElasticBlockPool.take_over(self.kv_cache_manager.block_pool, self._extents)
         self._queue = pool.free_block_queue
-        self._queue.limit = self._max_extents
+        self._queue.limit = self._queue.cap = self._max_extents
+        # vLLM takes its share of all blocks; only those under the cap are ever free.
+        self.kv_cache_manager.watermark_blocks = int(
+            self.scheduler_config.watermark * self._queue.num_blocks_under_cap
+        )
         self._max_idle = int(self._options.cached_fraction * self._extents.num_extents)
         self._is_told_nothing = True  # the next plan is a complete one
         self._num_refusals = 0
@@ -64,7 +68,8 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             self._limited_until = 0.0
             self._queue.limit = self._max_extents
         output = super().schedule(*args, **keywords)
-        self._queue.trim(self._max_idle)
+        if not output.kv_cache_block_copies:  # what this step copies from may be free already
+            self._queue.trim(self._max_idle)
         is_idle = self._queue.num_used_blocks == 1 and not output.total_num_scheduled_tokens
         self._idle_since = now if is_idle else None
         attach(output, self._make_plan(is_idle))
@@ -116,12 +121,24 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
                 self._extents.num_extents,
                 self._options.retry_s,
             )
-        # Blocks of the step count as computed and are not, so what they cached must go too. Tokens
-        # of the steps still on their way are dropped when they arrive.
+        # Blocks of the step count as computed and are not, so what they cached must go too. All
+        # steps still on their way are refused as well, and bring no tokens: not for the requests
+        # either that were preempted since, whose tokens vLLM would deliver.
         while self.running:
             self._preempt_request(self.running.pop(), now, drop_stale_output=True)
+        for request in self.requests.values():
+            request.drop_stale_output |= request.num_stale_output_tokens > 0
         self.prev_step_scheduled_req_ids.clear()
+        self._forget_encoder_outputs()
         self._start_over()
+
+    def _forget_encoder_outputs(self) -> None:
+        """Those of the refused steps count as computed and are not; workers drop the others."""
+        manager = self.encoder_cache_manager
+        if hasattr(manager, "cached"):  # that of encoder-decoder models computes them anew anyway
+            gone = [*manager.freed, *manager.cached]
+            manager.reset()
+            manager.freed.extend(gone)
 
 
 class AsyncElasticScheduler(ElasticScheduler, AsyncScheduler):  # type: ignore[misc]

@@ -23,7 +23,12 @@ def check_supported(vllm_config: Any) -> ElasticOptions:
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls != SCHEDULER_CLS:
         raise ConfigError(f"scheduler_cls is {scheduler_cls!r}; it must be {SCHEDULER_CLS!r}")
-    for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
+    for name in (
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
         if getattr(parallel, name) != 1:
             raise ConfigError(f"{name} is {getattr(parallel, name)}; only 1 is supported")
     for name in ("kv_transfer_config", "speculative_config"):

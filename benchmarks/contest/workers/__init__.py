@@ -1,0 +1,4 @@
+"""Workers: scripts that run in the environments of their peers.
+
+Owns: nothing.  Thread-safety: see each file.
+"""
