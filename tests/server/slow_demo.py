@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from vmalloc.engine.model_loader import resolve_model_name
 
-NUM_LAYERS = 24
+NUM_LAYERS = 48
 """Instead of 4. More also means that much more KV a token."""
 
 
