@@ -16,9 +16,9 @@ namespace vmalloc {
 constexpr std::int64_t kChunkRows = 72;
 constexpr std::int64_t kChunkColumns = 64;
 constexpr std::int64_t kColumnMultiple = 4;
-// Most elements of k that one pass takes: a tile's weights stay in the first-level cache while all
-// rows of the chunk pass by.
-constexpr std::int64_t kMaxDepth = 768;
+// Most elements of k that one pass takes: the weights of a tile and of the next one stay in a
+// first-level cache of 32 KiB while all rows of the chunk pass by.
+constexpr std::int64_t kMaxDepth = 512;
 
 /// A rectangle of one call's output; one thread computes it.
 struct LinearChunk {

@@ -20,9 +20,10 @@ struct ChunkSums {
   float* at(std::int64_t row, std::int64_t column) { return values + row * kChunkColumns + column; }
 };
 
-// Weight rows ahead of the current ones that are fetched: far enough for memory to answer.
+// Weight rows ahead of the current ones that are fetched: 8 KiB, time enough for memory to answer,
+// little enough to stay in the first-level cache until they are used.
 inline std::int64_t rows_ahead(std::int64_t depth) {
-  constexpr std::int64_t kFloatsAhead = 4096;
+  constexpr std::int64_t kFloatsAhead = 2048;
   return depth * kTileColumns >= kFloatsAhead
              ? kTileColumns
              : (kFloatsAhead + depth - 1) / depth / kTileColumns * kTileColumns;

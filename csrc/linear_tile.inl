@@ -50,7 +50,7 @@ inline void add_last_products(TileRows x, TileRows weight, int count,
 //
 // Every output is kLanes chains of multiply-adds over k, lane l taking k = l, l + kLanes, ...,
 // added up in one fixed order: neither R nor C nor what else is computed changes a bit of it.
-// Meanwhile F rows at `ahead`, spaced as the weight's, are fetched towards the second-level cache.
+// Meanwhile F rows at `ahead`, spaced as the weight's, are fetched.
 template <int R, int C, int F>
 void add_tile(TileRows x, TileRows weight, std::int64_t depth, const float* ahead, float* out,
               std::int64_t out_stride) {
@@ -63,7 +63,7 @@ void add_tile(TileRows x, TileRows weight, std::int64_t depth, const float* ahea
   std::int64_t left = depth;
   for (; left >= kLineFloats; left -= kLineFloats) {
 #pragma GCC unroll 8
-    for (int f = 0; f < F; ++f) __builtin_prefetch(ahead + f * weight.stride, 0, 2);
+    for (int f = 0; f < F; ++f) __builtin_prefetch(ahead + f * weight.stride);
     ahead += kLineFloats;
 #pragma GCC unroll 8
     for (int i = 0; i < kLineFloats / kLanes; ++i) {

@@ -307,7 +307,16 @@ def test_the_bare_package_cannot_be_imported() -> None:
 
 
 def test_the_engine_sees_only_the_librarys_public_modules() -> None:
-    allowed = {"", "backend", "config", "errors", "factory", "memory_table", "page_map"}
+    allowed = {
+        "",
+        "backend",
+        "config",
+        "errors",
+        "factory",
+        "host_memory",
+        "memory_table",
+        "page_map",
+    }
     kernels = ("buckets", "cpu", "decoder_cpu", "decoder_spec", "select")
     allowed |= {f"kernels.{name}" for name in kernels}
     allowed |= {f"measuring.{name}" for name in ("figures", "lengths", "provenance")}

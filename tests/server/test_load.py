@@ -129,7 +129,7 @@ def test_a_storm_of_clients_that_vanish(start_server: Callable[..., ServerProces
     assert server.metric("vmalloc_engine_steps_total") - num_steps < 100
     assert survivor.join().text == expected
     server.wait_idle()
-    assert num_steps_of_one >= 400
+    assert num_steps_of_one >= 300  # the text may end by itself before its 400 tokens
     assert server.metric("vmalloc_requests_aborted_total", reason="disconnect") > 0
     assert server.text("import ", max_tokens=400) == expected
 
