@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
-from operator import index
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -21,12 +20,10 @@ from .core_setup import open_driver
 from .device import DriverName, check_device, current_stream, resolve_driver, tensor_device
 from .errors import ClosedError, ConfigError, DriverError
 from .host_memory import available_bytes
+from .sizes import MOST_BYTES, checked_dtype, checked_shape, checked_size
 
 DriverChoice: TypeAlias = DriverName | _core.Driver
 """Where physical pages come from: as in ``KVCacheConfig``, or a driver that is made already."""
-
-MOST_BYTES = (1 << 63) - 1
-"""No size can be more: torch counts in int64."""
 
 
 class ElasticTensor:
@@ -62,8 +59,8 @@ class ElasticTensor:
         driver: DriverChoice = "auto",
     ) -> None:
         """See ``elastic_tensor``."""
-        self._shape = _checked_shape(shape)
-        self._dtype = _checked_dtype(dtype)
+        self._shape = checked_shape(shape)
+        self._dtype = checked_dtype(dtype)
         num_tensors = checked_size("num_tensors", num_tensors, 1)
         spare_bytes = checked_size("spare_bytes", spare_bytes, 0)
         if page_bytes is not None:
@@ -336,39 +333,6 @@ def elastic_tensor(
         zero_on_reuse=zero_on_reuse,
         driver=driver,
     )
-
-
-def checked_size(name: str, value: int, least: int) -> int:
-    """The value as an int of Python's own, if it is a number of things from ``least`` on.
-
-    Raises:
-        ConfigError: naming it, and the limit.
-    """
-    try:
-        size = int(index(value))
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}; it must be an integer") from None
-    if not least <= size <= MOST_BYTES:
-        limit = f"at least {least}" if size < least else f"at most {MOST_BYTES}"
-        raise ConfigError(f"{name} is {size}; it must be {limit}")
-    return size
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(index(size)) for size in shape)
-    except TypeError:
-        raise ConfigError(f"shape is {shape!r}; it must be a sequence of integers") from None
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"shape is {sizes}; it must have a dim, and 1 or more of each")
-    return sizes
-
-
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype is {dtype!r}; it must be a torch.dtype, or the name of one")
-    return found
 
 
 def _open_driver(device: str, driver: DriverChoice, page_bytes: int | None) -> _core.Driver:

@@ -187,6 +187,14 @@ class TestSemantics:
         assert vattention.num_free_kvblocks() == 2
         assert vattention._cache._elastic.created_bytes == 2 * 4 * PAGE
 
+    def test_a_pool_beyond_the_hosts_memory_is_refused_before_it_is_taken(self, fake):
+        init()
+        if fake is None:  # the host's driver itself would go on until the process is killed
+            with pytest.raises(OutOfPagesError, match="cpu has not so many"):
+                vattention.reserve_physical_pages(1 << 50)
+            assert vattention._cache._elastic.created_bytes == 0
+        reserve(2)
+
     def test_a_pool_that_the_driver_fails_to_make_is_given_back(self):
         driver = _core.FaultDriver(make_driver())
         init(driver=driver)

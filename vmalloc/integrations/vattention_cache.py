@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..device import check_device, current_stream, tensor_device
-from ..elastic import MOST_BYTES, DriverChoice, ElasticTensor, checked_size
+from ..elastic import DriverChoice, ElasticTensor
 from ..errors import ConfigError, DriverError, VmallocError
+from ..sizes import MOST_BYTES, checked_size
 from .vattention_layout import SlotLayout
 
 AHEAD_TOKENS = 9
