@@ -95,8 +95,8 @@ class Contest:
                     break
             return run
         except (Unavailable, RunFailed) as error:
-            place = {"peer": peer.name, "shape": shape.name, "workload": workload}
-            self.failures.append({**place, "reason": str(error)})
+            failure = {"peer": peer.name, "shape": shape.name, "workload": workload}
+            self.failures.append(failure | {"reason": str(error)})
             self._progress.console.print(f"{peer.name} left out: {error}", markup=False)
             return None
         finally:
