@@ -24,6 +24,7 @@ from .workers.measured import STARTED, TICKS_PER_S, Job
 
 PERCENTILES = (50, 99)
 GRACE_S = 5.0
+WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 CLOCK_TICK_S = 1 / TICKS_PER_S
 
 
@@ -47,7 +48,7 @@ def run_peer(peer: Peer, python: Path, job: Job, limits: Limits) -> dict[str, An
         log_file = Path(folder) / "log"
         job_file.write_text(json.dumps(asdict(job)))
         command = [str(python), str(WORKERS / peer.worker), str(job_file), str(result_file)]
-        returncode = _run_group(command, _environment(peer, limits.threads), log_file, limits)
+        returncode = _run_group(command, environment_of(peer, limits.threads), log_file, limits)
         if returncode != 0 or not result_file.exists():
             raise RunFailed(_reason(returncode, log_file, limits))
         result: dict[str, Any] = json.loads(result_file.read_text())
@@ -80,9 +81,15 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _environment(peer: Peer, threads: int) -> dict[str, str]:
+def environment_of(peer: Peer, threads: int) -> dict[str, str]:
+    """The variables of a peer's process.
+
+    How OpenMP's threads wait is each engine's own choice: ours never spin, and what this process
+    set for them slows the others (llama.cpp to a third).
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
     environment = {
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

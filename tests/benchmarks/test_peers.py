@@ -131,6 +131,14 @@ def test_without_a_server_llama_cpp_is_unavailable(tmp_path, monkeypatch):
         PEERS["llama.cpp"].resolved_options(NANO, Environments())
 
 
+def test_no_engine_waits_as_this_process_was_told_to(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    for peer in PEERS.values():
+        variables = runs.environment_of(peer, threads=2)
+        assert "GOMP_SPINCOUNT" not in variables
+        assert variables["OMP_NUM_THREADS"] == "2"
+
+
 def test_percentiles_are_those_of_the_nearest_rank():
     assert runs.percentiles([4.0, 1.0, 3.0, 2.0]) == {"p50": 2.0, "p99": 4.0}
     assert runs.percentiles([5.0]) == {"p50": 5.0, "p99": 5.0}
