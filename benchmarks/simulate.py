@@ -27,7 +27,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads libgomp
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,17 +55,15 @@ JsonFile = Annotated[
 Seed = Annotated[int, typer.Option(help="Seeds lengths and arrivals.")]
 
 
-def run_cases(cases: list[Case], name: str, progress: Progress) -> list[dict[str, Any]]:
+def run_cases(cases: list[Case], name: str, progress: Progress) -> Iterator[dict[str, Any]]:
     """Every case after the other."""
-    rows = []
     for idx, case in enumerate(cases, start=1):
         trace = case.make_trace()
         label = f"{name} {idx}/{len(cases)}"
         task = progress.add_task(label, total=len(trace))
         result = run(case.setting, trace, _tick(progress, task))
         progress.remove_task(task)
-        rows.append({"names": case.names, **result})
-    return rows
+        yield {"names": case.names, **result}
 
 
 def _tick(progress: Progress, task: Any) -> Callable[[int], None]:
@@ -102,10 +100,12 @@ def study(
 
     with _make_progress() as progress:
         for name in names:
-            rows = run_cases(STUDIES[name](scale, seed), name, progress)
+            origin, rows = provenance(seed), []
+            for row in run_cases(STUDIES[name](scale, seed), name, progress):
+                rows.append(row)
+                if json_file is not None:  # what was run is kept if the next one is broken off
+                    _add_to(json_file, name, {"provenance": origin, "rows": rows})
             print_table(name, rows, Console())
-            if json_file is not None:
-                _add_to(json_file, name, {"provenance": provenance(seed), "rows": rows})
             if figures is not None:
                 draw(name, rows, figures)
 
