@@ -315,9 +315,9 @@ def test_a_slot_that_comes_free_in_a_quiet_step_is_warmed_in_the_next() -> None:
     rng = np.random.default_rng(0)
     trace = Trace(
         name="test",
-        arrival_s=np.zeros(24),
-        prompt_tokens=rng.integers(1, 300, 24),
-        output_tokens=rng.integers(1, 250, 24),
+        arrival_s=np.cumsum(rng.exponential(0.05, 45)),
+        prompt_tokens=rng.integers(1, 300, 45),
+        output_tokens=rng.integers(1, 250, 45),
     )
     setting = Setting(
         max_num_seqs=4,
@@ -325,6 +325,9 @@ def test_a_slot_that_comes_free_in_a_quiet_step_is_warmed_in_the_next() -> None:
         page_bytes=1 << 18,
         layers_per_group=1,
         commit_ahead_tokens=16,
+        low_watermark=0.1,
+        prefix_caching=True,
+        latency=DriverLatency().times(10),
     )
     every, some = (run_setting(setting, trace, skips=skips) for skips in (False, True))
     assert len(some) < len(every)
