@@ -119,9 +119,20 @@ def draw(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _add_to(path: Path, name: str, result: dict[str, Any]) -> None:
-    """Put one study's result into the file."""
+    """Put one study's result into the file; a run is a line."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**known, name: result})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_studies({**known, name: result}))
+
+
+def dump_studies(studies: dict[str, dict[str, Any]]) -> str:
+    """The text of a result file."""
+    texts = []
+    for name, result in studies.items():
+        rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+        origin = f'"provenance": {json.dumps(result["provenance"])}'
+        texts.append(f' {json.dumps(name)}: {{\n  {origin},\n  "rows": [\n  {rows}]}}')
+    return "{\n" + ",\n".join(texts) + "\n}\n"
 
 
 @app.command()
