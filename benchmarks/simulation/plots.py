@@ -50,7 +50,7 @@ def draw_scale(rows: list[Row], path: Path) -> None:
 
 def draw_stalls(rows: list[Row], path: Path) -> None:
     """Waits by the driver's pace and by commit-ahead."""
-    figure, (pace, ahead) = new_panels(1, 2, width=9.0, height=3.2, sharey=True)
+    figure, (pace, ahead) = new_panels(1, 2, width=9.0, height=3.2)
     for room, color in zip(("full", "room to spare"), LENGTH_COLORS, strict=False):
         line = _pick(rows, room=room, ahead=4, low_watermark=None)
         line.sort(key=lambda row: row["names"]["latency"])
@@ -68,7 +68,9 @@ def draw_stalls(rows: list[Row], path: Path) -> None:
     pace.set_xlabel("how long driver calls take")
     ahead.set_xlabel("tokens committed ahead")
     pace.set_ylabel("time, %")
+    ahead.set_ylabel("time that waits for pages, %")
     pace.set_ylim(bottom=0)
+    ahead.set_ylim(bottom=0)
     figure.legend(*pace.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save_figure(figure, path)
 

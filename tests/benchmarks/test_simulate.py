@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -396,3 +397,22 @@ def test_a_trace_can_be_read_from_a_file(tmp_path: Path) -> None:
     path.write_text("arrival_s,prompt_tokens,output_tokens\n")
     with pytest.raises(ValueError, match="no requests"):
         read_trace(path)
+
+
+def test_a_study_leaves_a_line_for_each_run_and_a_figure(tmp_path: Path) -> None:
+    from simulate import app
+    from typer.testing import CliRunner
+
+    path = tmp_path / "simulate.json"
+    path.write_text('{"scale": {"provenance": {}, "rows": []}}')
+    command = ["study", "sharing", "--requests", "12", "--json", str(path)]
+    result = CliRunner().invoke(app, [*command, "--seed", "3", "--figures", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    studies = json.loads(path.read_text())
+    assert list(studies) == ["scale", "sharing"]
+    assert studies["sharing"]["provenance"]["seed"] == 3
+    lines = [line for line in path.read_text().splitlines() if '"names"' in line]
+    rows = [json.loads(line.strip().removesuffix(",").removesuffix("]}")) for line in lines]
+    assert rows == studies["sharing"]["rows"]
+    assert len(rows) == 16
+    assert (tmp_path / "simulate-sharing.svg").read_text().count("in common") >= 3
