@@ -82,6 +82,10 @@ bench: build
 	$(BIN)/python benchmarks/preemption.py
 	$(BIN)/python benchmarks/hf_cache.py
 
+# All figures of the docs again, from the committed results: measures nothing.
+bench-docs: build
+	$(BIN)/python benchmarks/figures.py
+
 # Other engines on the same work, an environment each below .peers: an hour on a quiet machine.
 # PEERS_ARGS=--build-llama-cpp builds llama.cpp's server first, a quarter hour more.
 bench-peers: build
