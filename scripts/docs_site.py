@@ -46,9 +46,14 @@ def page_of(path: str) -> str:
     """Where the site has a file of the repository. Images and pages of docs keep their places."""
     if path == HOME:
         return "index.md"
-    if path.startswith("docs/"):
+    if is_in_docs(path):
         return posixpath.relpath(path, "docs")
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
+
+
+def is_in_docs(path: str) -> bool:
+    """Whether it is a file of docs; a folder there is listed like any other."""
+    return path.startswith("docs/") and "." in posixpath.basename(path)
 
 
 def resolve(path: str, target: str, root: Path = ROOT) -> str | None:
@@ -119,7 +124,7 @@ def pages(root: Path = ROOT) -> dict[str, bytes]:
     queue = [*BESIDE_DOCS, *sorted(in_docs)]
     built = {}
     for path in queue:  # grows while it is walked
-        if path.startswith("docs/") and not path.endswith(".md"):
+        if is_in_docs(path) and not path.endswith(".md"):
             built[page_of(path)] = (root / path).read_bytes()
             continue
         markdown = markdown_of(path, root)

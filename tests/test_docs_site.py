@@ -71,6 +71,16 @@ def test_links_follow_their_files_into_the_site(repository: Path) -> None:
     assert "print(1)" in pages["source/runs/run.py.md"]
 
 
+def test_a_folder_of_docs_is_listed_and_its_files_keep_their_places(repository: Path) -> None:
+    (repository / "docs" / "figures").mkdir()
+    (repository / "docs" / "figures" / "a.svg").write_bytes(b"<svg/>")
+    (repository / "CHANGELOG.md").write_text("[all](docs/figures)\n")
+    pages = docs_site.pages(repository)
+    assert pages["figures/a.svg"] == b"<svg/>"
+    assert b"[all](docs/figures.md)" in pages["source/CHANGELOG.md"]
+    assert b"[a.svg](../../figures/a.svg)" in pages["source/docs/figures.md"]
+
+
 def test_a_link_to_nothing_is_named(repository: Path) -> None:
     (repository / "docs" / "use.md").write_text("[gone](../runs/gone.py)\n")
     with pytest.raises(docs_site.BrokenLinkError, match=r"docs/use.md links to ../runs/gone.py"):
