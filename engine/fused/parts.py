@@ -31,6 +31,13 @@ def check_untouched(module: nn.Module, name: str) -> None:
         raise NotRecognisedError(f"{name} is in training mode")
 
 
+def check_dropout(module: Any, name: str) -> None:
+    """Refuse what stands in a dropout's place; one in eval mode passes its input on."""
+    if type(module) is not nn.Dropout:
+        raise NotRecognisedError(f"{name} is a {type(module).__name__}, not a Dropout")
+    check_untouched(module, name)
+
+
 def check_no_global_hooks() -> None:
     """Refuse while hooks on every module are registered."""
     shared: Any = torch.nn.modules.module
@@ -94,14 +101,19 @@ def take_norm(module: Any, name: str, size: int, family: Family) -> Norm:
 def take_activation(module: Any, name: str) -> Activation:
     """Which activation a module is: seen by what it answers, since many classes do the same."""
     check_untouched(module, name)
-    grid = torch.linspace(-6.0, 6.0, 97)
-    answer = module(grid)
+    grid = torch.linspace(-6.0, 6.0, 97, dtype=torch.float32, device="cpu")
     known: tuple[tuple[Activation, Tensor], ...] = (
         ("silu", F.silu(grid)),
         ("gelu_tanh", F.gelu(grid, approximate="tanh")),
     )
+    try:
+        answer = module(grid)
+    except Exception as error:  # it is anybody's, e.g. one that wants another shape
+        raise NotRecognisedError(
+            f"{name} is a {type(module).__name__}, which raised {type(error).__name__}: {error}"
+        ) from error
     for activation, expected in known:
-        if torch.equal(answer, expected):
+        if isinstance(answer, Tensor) and torch.equal(answer, expected):
             return activation
     raise NotRecognisedError(f"{name} is a {type(module).__name__}, neither SiLU nor tanh GELU")
 

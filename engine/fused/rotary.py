@@ -54,10 +54,13 @@ class RopeTables:
     def _make(self, layer_type: str | None) -> Tensor:
         module: Any = self._module
         arguments: Sequence[str] = () if layer_type is None else (layer_type,)
+        # Not of torch's default dtype and device, which the caller may have set.
+        like = torch.zeros(1, dtype=torch.float32, device="cpu")
         parts = []
         for start in range(0, self._num_positions, _ROWS_AT_ONCE):
-            positions = torch.arange(start, min(start + _ROWS_AT_ONCE, self._num_positions))
-            pair = torch.stack(module(torch.zeros(1), positions.unsqueeze(0), *arguments), dim=2)
+            end = min(start + _ROWS_AT_ONCE, self._num_positions)
+            positions = torch.arange(start, end, device="cpu")
+            pair = torch.stack(module(like, positions.unsqueeze(0), *arguments), dim=2)
             half = pair.shape[3] // 2
             if pair.dtype != torch.float32 or not torch.equal(pair[..., :half], pair[..., half:]):
                 raise NotRecognisedError("rotary_emb gives halves that differ")
