@@ -18,7 +18,27 @@ from .families import Family
 
 
 def check_untouched(module: nn.Module, name: str) -> None:
-    """Refuse a module that computes more than its class says, or in training mode."""
+    """Refuse a module that computes more than its class was written to, or in training mode."""
+    check_instance(module, name)
+    kind = type(module)
+    if not is_of_libraries(kind.forward):
+        raise NotRecognisedError(f"{name} is a {kind.__name__}, whose forward was replaced")
+
+
+def is_of_libraries(function: Any) -> bool:
+    """Whether a function, and what it wraps, are of torch and transformers: nobody patched it."""
+    if function is None:
+        return False
+    while function is not None:
+        home = getattr(function, "__globals__", {}).get("__name__", "")
+        if home.partition(".")[0] not in ("torch", "transformers"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def check_instance(module: nn.Module, name: str) -> None:
+    """Refuse a module that computes more than its class does, or in training mode."""
     own = vars(module)
     if "forward" in own or "_hf_hook" in own:
         raise NotRecognisedError(f"{name} has a forward of its own")
@@ -100,7 +120,7 @@ def take_norm(module: Any, name: str, size: int, family: Family) -> Norm:
 
 def take_activation(module: Any, name: str) -> Activation:
     """Which activation a module is: seen by what it answers, since many classes do the same."""
-    check_untouched(module, name)
+    check_instance(module, name)
     grid = torch.linspace(-6.0, 6.0, 97, dtype=torch.float32, device="cpu")
     known: tuple[tuple[Activation, Tensor], ...] = (
         ("silu", F.silu(grid)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
 from tests.engine.fused.models import CONTEXT, make_model
@@ -199,6 +201,46 @@ def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
             torch.set_default_dtype(torch.float32)
         written.append((output.outputs[0].token_ids, output.prompt_logprobs))
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"),
+    [
+        (modeling_llama.LlamaMLP, "forward", r"mlp is a LlamaMLP, whose forward was replaced"),
+        (modeling_llama.LlamaModel, "forward", "model is a LlamaModel, whose forward was replaced"),
+        (modeling_llama, "apply_rotary_pos_emb", r"llama\.apply_rotary_pos_emb was replaced"),
+    ],
+)
+def test_patched_classes_are_seen(
+    owner: Any, name: str, reason: str, probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = probe(copy.deepcopy(make_model("llama")))
+    original = getattr(owner, name)
+
+    @functools.wraps(original)  # and looks like it
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, patched)
+    found = recognise(probed.model, probed.probed.attention, CONTEXT)
+    assert isinstance(found, str)
+    assert re.search(reason, found), found
+
+
+class OwnSilu(nn.Module):
+    """Somebody's class for what everybody calls SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x)
+
+
+def test_an_activation_of_another_class_is_known_by_its_answers(probe: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    for layer in model.model.layers:
+        layer.mlp.act_fn = OwnSilu().eval()
+    spec = recognise(model, probe(model).probed.attention, CONTEXT)
+    assert isinstance(spec, DecoderSpec)
+    assert spec.activation == "silu"
 
 
 def test_hooks_on_every_module_are_seen(probe: Any) -> None:
