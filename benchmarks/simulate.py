@@ -27,7 +27,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads libgomp
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,17 +55,15 @@ JsonFile = Annotated[
 Seed = Annotated[int, typer.Option(help="Seeds lengths and arrivals.")]
 
 
-def run_cases(cases: list[Case], name: str, progress: Progress) -> list[dict[str, Any]]:
+def run_cases(cases: list[Case], name: str, progress: Progress) -> Iterator[dict[str, Any]]:
     """Every case after the other."""
-    rows = []
     for idx, case in enumerate(cases, start=1):
         trace = case.make_trace()
         label = f"{name} {idx}/{len(cases)}"
         task = progress.add_task(label, total=len(trace))
         result = run(case.setting, trace, _tick(progress, task))
         progress.remove_task(task)
-        rows.append({"names": case.names, **result})
-    return rows
+        yield {"names": case.names, **result}
 
 
 def _tick(progress: Progress, task: Any) -> Callable[[int], None]:
@@ -102,10 +100,12 @@ def study(
 
     with _make_progress() as progress:
         for name in names:
-            rows = run_cases(STUDIES[name](scale, seed), name, progress)
+            origin, rows = provenance(seed), []
+            for row in run_cases(STUDIES[name](scale, seed), name, progress):
+                rows.append(row)
+                if json_file is not None:  # what was run is kept if the next one is broken off
+                    _add_to(json_file, name, {"provenance": origin, "rows": rows})
             print_table(name, rows, Console())
-            if json_file is not None:
-                _add_to(json_file, name, {"provenance": provenance(seed), "rows": rows})
             if figures is not None:
                 draw(name, rows, figures)
 
@@ -119,9 +119,20 @@ def draw(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _add_to(path: Path, name: str, result: dict[str, Any]) -> None:
-    """Put one study's result into the file."""
+    """Put one study's result into the file; a run is a line."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**known, name: result})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_studies({**known, name: result}))
+
+
+def dump_studies(studies: dict[str, dict[str, Any]]) -> str:
+    """The text of a result file."""
+    texts = []
+    for name, result in studies.items():
+        rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+        origin = f'"provenance": {json.dumps(result["provenance"])}'
+        texts.append(f' {json.dumps(name)}: {{\n  {origin},\n  "rows": [\n  {rows}]}}')
+    return "{\n" + ",\n".join(texts) + "\n}\n"
 
 
 @app.command()

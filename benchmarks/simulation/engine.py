@@ -108,6 +108,7 @@ class SimulatedEngine:
         self._partial: dict[SequenceGroup, None] = {}
         self._due: defaultdict[int, list[tuple[SequenceGroup, Sequence]]] = defaultdict(list)
         self._last: Step | None = None
+        self._num_quiet = 0  # steps in a row that changed nothing but lengths
 
     @property
     def has_unfinished(self) -> bool:
@@ -120,7 +121,7 @@ class SimulatedEngine:
             params = self._params[width] = SamplingParams(n=width)
         root = Sequence(self._new_seq_id(), str(idx), prompt, params, max_tokens=num_output_tokens)
         self.scheduler.add(SequenceGroup(root, arrival_idx=idx + 1, arrival_time=self._clock()))
-        self._last = None
+        self._num_quiet = 0
 
     def step(self) -> Step:
         """One step, and the time it takes."""
@@ -149,6 +150,7 @@ class SimulatedEngine:
             if step.work.num_tokens > len(batch.seqs):
                 self.scheduler.cost.observe_prefill(step.work.num_tokens, step.compute_s)
         self._last = step
+        self._num_quiet = self._num_quiet + 1 if self._is_quiet(step) else 0
         return step
 
     def try_skip(self, until_s: float) -> Step | None:
@@ -157,9 +159,9 @@ class SimulatedEngine:
         None of them starts at ``until_s`` or later, when there is something new to look at.
         """
         last = self._last
-        if last is None or not self._is_quiet(last):
+        # What a step leaves, such as the slot of an ended sequence, the next one may take up.
+        if self._num_quiet < 2 or last is None or last.work is None:
             return None
-        assert last.work is not None
         seqs = last.batch.seqs
         limit = self._edges.rows_left(np.array([seq.num_rows for seq in seqs], np.int64))
         left = min([seq.max_tokens - seq.num_output_tokens for seq in seqs])
@@ -179,7 +181,7 @@ class SimulatedEngine:
         return skipped
 
     def _is_quiet(self, step: Step) -> bool:
-        """Whether the next step would be the same again, if no page has a part in it."""
+        """Whether lengths alone changed, as far as a step shows it."""
         batch = step.batch
         return bool(
             batch.seqs

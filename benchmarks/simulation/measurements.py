@@ -66,12 +66,12 @@ class Measurements:
         self._total_stall_s += step.stall_s
         self._peak_seqs = max(self._peak_seqs, num_seqs)
         if self._window[0] <= self.num_ended < self._window[1]:
-            if not self._before:
-                self._before = self._counters()
             self._count(step, seconds, num_seqs)
-        elif self._before and not self._after:
-            self._after = self._counters()
         self._note_requests(step, now)
+        if not self._before and 0 < self._window[0] <= self.num_ended:
+            self._before = self._counters()
+        if not self._after and self.num_ended >= self._window[1]:
+            self._after = self._counters()
         if self.num_ended >= self._next_point:
             self._next_point += self._point_every
             self._add_point(now, num_seqs)

@@ -44,8 +44,17 @@ def run(
     return {
         "setting": setting.describe(),
         "trace": {"name": trace.name, "num_requests": len(trace), "width": trace.width},
-        **result,
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": cpu_s,
-        "requests_per_cpu_s": len(trace) / cpu_s,
+        **_rounded(result),
+        "wall_s": round(time.perf_counter() - started, 3),
+        "cpu_s": round(cpu_s, 3),
+        "requests_per_cpu_s": round(len(trace) / cpu_s, 1),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number that is no count."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -28,21 +28,26 @@ PACKAGES = ("vmalloc", "torch", "transformers", "numpy")
 def compare_backends(settings: ABSettings, json_file: Path, html_file: Path) -> bool:
     """Run a comparison and report it everywhere; whether all outputs were equal.
 
-    Raises ``ConfigError`` before anything runs if a file cannot be written.
+    Raises ``ConfigError`` before anything runs if a file cannot be written. What breaks a
+    comparison off, Ctrl-C too, is raised once what was measured until then is reported.
     """
     for path in (json_file, html_file):
         _check_writable(path)
+    if json_file.resolve() == html_file.resolve():
+        raise ConfigError(f"output is {str(json_file)!r} twice; name two files")
     started = provenance(settings.seed, PACKAGES)
     with ABProgress(settings.num_runs) as progress:
         result = run_experiment(settings, before_run=progress.next)
     summary = summarize(result, started)
     console = Console()
-    console.print(ab_report(summary, width=console.width))
     _write(json_file, dump_summary(summary))
+    console.print(ab_report(summary, width=console.width))
     _write(html_file, render_page(summary))
     if not has_plots():
         Console(stderr=True).print(NO_PLOTS, style="yellow", markup=False)
-    console.print(f"Wrote {json_file} and {html_file}.", style="dim", highlight=False)
+    console.print(f"Wrote {json_file} and {html_file}.", style="dim", highlight=False, markup=False)
+    if result.error is not None:
+        raise result.error
     return result.equality.is_equal
 
 

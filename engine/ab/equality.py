@@ -12,6 +12,7 @@ Owns: nothing.  Thread-safety: none; the model must not be in use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Equality:
     Attributes:
         num_sequences: completions of the reference runs.
         num_compared: completions that were compared with one of them.
-        num_unserved: completions that one of the two did not get, as they did not fit.
+        num_unserved: completions that a run, or the reference run, did not get: they did not fit.
         differences: all of them.
         num_logprobs: tokens whose log-probabilities were compared.
         max_logprob_difference: the largest difference of those.
@@ -85,9 +86,10 @@ class Equality:
 
     @property
     def is_equal(self) -> bool:
-        """Whether outputs are token-exact."""
+        """Whether outputs are token-exact; if there was nothing to compare, nobody knows."""
         return (
-            all(one.is_tie for one in self.differences)
+            self.num_compared > 0
+            and all(one.is_tie for one in self.differences)
             and self.num_different <= max(1, self.num_sequences // SEQUENCES_A_DIFFERENCE)
             and self.max_logprob_difference <= MAX_GAP
         )
@@ -97,10 +99,12 @@ class Equality:
         """The outcome for people."""
         count = f"{self.num_compared:,} completions compared"
         if self.num_unserved:
-            count += f", {self.num_unserved:,} did not fit on one side"
+            count += f", {self.num_unserved:,} did not fit"
         limit = self.max_logprob_difference
         within = f"within {limit:.1e}" if limit else "equal to the bit"
         logprobs = f"{self.num_logprobs:,} log-probabilities {within}"
+        if not self.num_compared:
+            return f"Outputs NOT COMPARED: no request was served by two runs ({count})"
         if not self.is_equal:
             return f"Outputs DIFFER: {self.num_different:,} sequences ({count}; {logprobs})"
         if self.differences:
@@ -121,8 +125,7 @@ def compare_outputs(
         zip(workload.requests, reference, served, strict=True)
     ):
         if wanted.error is not None or got.error is not None:
-            if wanted.error is None or got.error is None:
-                equality.num_unserved += asked.num_completions
+            equality.num_unserved += asked.num_completions
             continue
         pairs = zip(wanted.completions, got.completions, strict=True)
         for choice_idx, (one, other) in enumerate(pairs):
@@ -148,13 +151,20 @@ def compare_outputs(
 
 def _compare_logprobs(equality: Equality, ours: list[float], theirs: list[float]) -> None:
     """Note the differences of equal tokens, where both were asked for."""
-    gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=False)]
+    gaps = [_known(abs(a - b)) for a, b in zip(ours, theirs, strict=False)]
     equality.num_logprobs += len(gaps)
     equality.max_logprob_difference = max(equality.max_logprob_difference, *gaps, 0.0)
 
 
+def _known(gap: float) -> float:
+    """A gap that is no number is as wide as can be: ``max`` and ``<`` would overlook it."""
+    return math.inf if math.isnan(gap) else gap
+
+
 def _beam_gap(one: ServedCompletion, other: ServedCompletion) -> float:
-    return abs((one.cumulative_logprob or 0.0) - (other.cumulative_logprob or 0.0))
+    if one.cumulative_logprob is None or other.cumulative_logprob is None:
+        return math.inf
+    return _known(abs(one.cumulative_logprob - other.cumulative_logprob))
 
 
 def _first_difference(one: list[int], other: list[int]) -> int:
@@ -174,14 +184,14 @@ def _gap(
     """How undecided the model is where two completions part."""
     token_idx = _first_difference(one, other)
     if token_idx >= min(len(one), len(other)):
-        return float("inf")  # one is shorter: nothing that rounding does
+        return math.inf  # one is shorter: nothing that rounding does
     before = [*asked.prompt_token_ids, *one[:token_idx]]
     device = next(model.parameters()).device
     logits = model(torch.tensor([before], device=device), use_cache=False).logits[0, -1].float()
     rivals = one[token_idx], other[token_idx]
     if asked.method == "greedy":
         best = float(logits.max())
-        return max(best - float(logits[token_id]) for token_id in rivals)
+        return max(_known(best - float(logits[token_id])) for token_id in rivals)
     cumulative = logits.softmax(-1).double().cumsum(-1)
     (uniform,) = RandomKeys([asked.seed], [choice_idx], [len(before)]).uniforms()
     number = float(uniform) * float(cumulative[-1])
@@ -191,4 +201,5 @@ def _gap(
 def _distance(number: float, cumulative: torch.Tensor, token_id: int) -> float:
     """From a number to the interval that a token has."""
     low = float(cumulative[token_id - 1]) if token_id else 0.0
-    return max(0.0, low - number, number - float(cumulative[token_id]))
+    gaps = low - number, number - float(cumulative[token_id])
+    return max(0.0, *map(_known, gaps))

@@ -118,12 +118,16 @@ class ABResult:
         workloads: in the order they ran.
         equality: whether all runs gave the same outputs.
         facts: of the model and the process: context, vocabulary, bytes of a token, threads.
+        error: what broke it off; ``workloads`` are then those with at least one whole round.
+        where: in which run that was, in words.
     """
 
     settings: ABSettings
     workloads: list[WorkloadResult]
     equality: Equality
     facts: dict[str, Any]
+    error: BaseException | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ def run_experiment(
     engine; every other round turns the order round.
 
     Raises ``ConfigError`` for what cannot be compared, ``UnsupportedModelError`` for a model that
-    no engine takes.
+    no engine takes. Once a round is whole, what breaks a run off is kept in ``error`` instead.
     """
     # What takes a moment to find out should not come after minutes of work.
     arms = choose_arms(settings.backends)
@@ -166,9 +170,26 @@ def run_experiment(
     try:
         for workload in workloads:
             _measure(result, model, arms, workload, before_run)
+    except (Exception, KeyboardInterrupt) as error:
+        _keep_whole_rounds(result)
+        if not result.workloads:
+            raise
+        result.error = error
     finally:
         gc.unfreeze()
     return result
+
+
+def _keep_whole_rounds(result: ABResult) -> None:
+    """Forget the runs of the last workload that not every side had its turn beside."""
+    if not result.workloads:
+        return
+    runs = result.workloads[-1].runs
+    num_rounds = min(len(runs.get(name, ())) for name in result.settings.backends)
+    for name in runs:
+        del runs[name][num_rounds:]
+    if num_rounds == 0:
+        result.workloads.pop()
 
 
 def _measure(
@@ -187,6 +208,8 @@ def _measure(
     measured = WorkloadResult(workload, cap, max_model_len)
     result.workloads.append(measured)
     for round_idx, arm in _turns(arms, settings.num_repeats):
+        what = f"run {round_idx}" if round_idx else "untimed run"
+        result.where = f"{workload.name}, {arm.name}, {what}"
         before_run(Turn(workload.name, arm.name, round_idx))
         run = run_once(model, arm.configure(config), workload, has_logprobs=round_idx == 0)
         _note(result, measured, model, arm, round_idx, run)
@@ -246,9 +269,10 @@ def _make_workloads(settings: ABSettings, model: torch.nn.Module) -> list[Worklo
             )
         )
     for path in settings.traces:
-        workloads.append(
-            read_trace(path, vocab_size=vocab, context_tokens=context, seed=settings.seed)
-        )
+        trace = read_trace(path, vocab_size=vocab, context_tokens=context, seed=settings.seed)
+        if any(one.name == trace.name for one in workloads):  # of another folder
+            trace = replace(trace, name=str(path))
+        workloads.append(trace)
     return workloads
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .summary import chance_words
+from .summary import chance_words, fewest_runs
 
 RULE = "A side is ahead only if all of its runs are; where ranges overlap, it is a tie."
 STYLE = Path(__file__).with_name("page.css")
@@ -71,6 +71,7 @@ def _header(summary: dict[str, Any], title: str) -> str:
         f'<div class="banner{"" if equality["is_equal"] else " bad"}"><b>'
         f"{escape(equality['words'])}.</b>"
         f"{f'<ul>{differences}</ul>' if differences else ''}</div>\n"
+        f"{_warning(summary['stopped'])}"
         f"<nav>{links}<a href='#definitions'>definitions</a><a href='#origin'>origin</a></nav>"
         "</header>"
     )
@@ -108,7 +109,7 @@ def _overview(summary: dict[str, Any], other: str, is_drawn: bool) -> str:
 
 def _rule(summary: dict[str, Any]) -> str:
     """What it takes to be ahead."""
-    return f"{RULE} {chance_words(summary['settings']['repeats'])}"
+    return f"{RULE} {chance_words(fewest_runs(summary))}"
 
 
 def _matrix(summary: dict[str, Any], other: str) -> str:
@@ -156,10 +157,14 @@ def _workload(summary: dict[str, Any], workload: dict[str, Any], is_drawn: bool)
     return (
         f'<section id="{_anchor(workload)}"><h2>{escape(workload["name"])}</h2>\n'
         f'<p class="muted">{escape(_sentence(workload))}</p>\n'
-        f"{_table(summary, shown)}\n{pictures}\n"
+        f"{_warning(workload['unserved'])}{_table(summary, shown)}\n{pictures}\n"
         f"<details><summary>{len(others)} more figures</summary>{_table(summary, others)}</details>"
         "</section>"
     )
+
+
+def _warning(words: str) -> str:
+    return f'<div class="banner bad">{escape(words)}</div>\n' if words else ""
 
 
 def _sentence(workload: dict[str, Any]) -> str:

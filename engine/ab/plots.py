@@ -9,6 +9,7 @@ Owns: nothing.  Thread-safety: none; one thread.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -75,7 +76,7 @@ def _overview(summary: dict[str, Any], other: str) -> Figure:
         axis.set_xscale("log")
         _center_on_one(axis)
         axis.set_title(metric["words"])
-    axes[0].set_yticks(range(len(workloads)), [one["name"] for one in workloads])
+    _label_rows(axes[0], [one["name"] for one in workloads])
     axes[0].set_ylim(len(workloads) - 0.5, -0.5)
     sides = f"\u2190 {other} ahead", f"{first} ahead \u2192"
     figure.supxlabel("   |   ratio, log scale   |   ".join(sides), size=8)
@@ -202,9 +203,14 @@ def _draw_cap(axis: Axes, workload: dict[str, Any], *, is_vertical: bool) -> Non
 
 
 def _name_rows(axis: Axes, names: list[str]) -> None:
-    axis.set_yticks(range(len(names)), names)
+    _label_rows(axis, names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
+
+
+def _label_rows(axis: Axes, names: list[str]) -> None:
+    """Names as they are: a file's may have dollar signs, which would be mathematics."""
+    axis.set_yticks(range(len(names)), names, parse_math=False)
 
 
 def _center_on_one(axis: Axes) -> None:
@@ -238,7 +244,7 @@ def _svg(figure: Figure, words: str) -> str:
     for color, variable in PAGE_COLORS.items():
         rest = rest.replace(color, variable)
     return (
-        f'<svg {view_box[0]} role="img" aria-label="{words}" '
+        f'<svg {view_box[0]} role="img" aria-label="{html.escape(words)}" '
         f'style="max-width: {1.4 * width:.0f}px">{rest.strip()}'
     )
 

@@ -37,10 +37,20 @@ def summarize(result: ABResult, provenance: dict[str, Any]) -> dict[str, Any]:
             "max_logprob_difference": equality.max_logprob_difference,
             "differences": [str(one) for one in equality.differences],
         },
+        "stopped": _stopped(result),
         "score": {other: _score(workloads, other) for other in others},
         "metrics": [asdict(metric) for metric in METRICS],
         "workloads": workloads,
     }
+
+
+def _stopped(result: ABResult) -> str:
+    """What broke the comparison off, in words; empty if nothing did."""
+    error = result.error
+    if error is None:
+        return ""
+    what = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    return f"Broken off in {result.where}: {what}. Whole rounds until then are shown."
 
 
 def chance_words(num_runs: int) -> str:
@@ -49,6 +59,11 @@ def chance_words(num_runs: int) -> str:
         return "One run a side has no range, and so no verdict."
     share = chance_of_no_tie(num_runs)
     return f"With {num_runs} runs a side, {share:.1%} of equals would look ahead by chance."
+
+
+def fewest_runs(summary: dict[str, Any]) -> int:
+    """Timed runs of each side, in the workload that had the fewest."""
+    return min(int(workload["num_runs"]) for workload in summary["workloads"])
 
 
 def _settings(settings: ABSettings) -> dict[str, Any]:
@@ -69,6 +84,8 @@ def _workload(measured: WorkloadResult, arms: tuple[str, ...]) -> dict[str, Any]
         "cap_words": measured.cap.words,
         "demand_bytes": measured.cap.demand_bytes,
         "max_model_len": measured.max_model_len,
+        "num_runs": len(measured.runs[first]),
+        "unserved": _unserved(measured, arms),
         "kernels": {arm: checked[arm].kernel for arm in arms},
         "drivers": {arm: checked[arm].driver for arm in arms},
         "table": [_line(metric, measured, first, others) for metric in METRICS],
@@ -78,12 +95,33 @@ def _workload(measured: WorkloadResult, arms: tuple[str, ...]) -> dict[str, Any]
     }
 
 
+def _unserved(measured: WorkloadResult, arms: tuple[str, ...]) -> str:
+    """Which sides did less than the others, in words; empty if all served everything."""
+    counts = {
+        arm: max(int(run.values["failed_requests"] or 0) for run in measured.runs[arm])
+        for arm in arms
+    }
+    if not any(counts.values()):
+        return ""
+    words = ", ".join(f"{count} with {arm}" for arm, count in counts.items() if count)
+    rule = "Sides that served different ones are not ranked."
+    return f"Requests that do not fit under the cap: {words}. {rule}"
+
+
 def _line(
     metric: Metric, measured: WorkloadResult, first: str, others: list[str]
 ) -> dict[str, Any]:
     """One metric of a workload: values by side, ratios by the other side."""
     values = {
         arm: [run.values[metric.name] for run in measured.runs[arm]] for arm in (first, *others)
+    }
+    failed = {arm: [run.values["failed_requests"] for run in measured.runs[arm]] for arm in values}
+    # Whoever served fewer requests is not ahead for being done sooner, or for holding less.
+    directions = {
+        other: metric.better
+        if failed[first] == failed[other] or metric.name == "failed_requests"
+        else "neither"
+        for other in others
     }
     return {
         "metric": metric.name,
@@ -92,7 +130,7 @@ def _line(
             for arm, runs in values.items()
         },
         "ratios": {
-            other: _ratio_values(compare(values[first], values[other], metric.better))
+            other: _ratio_values(compare(values[first], values[other], directions[other]))
             for other in others
         },
     }

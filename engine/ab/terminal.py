@@ -23,7 +23,7 @@ from rich.text import Text
 
 from .experiment import Turn
 from .metrics import HEADLINES
-from .summary import chance_words
+from .summary import chance_words, fewest_runs
 
 # Columns that the parts of a table take: without ranges beside medians, and with them.
 _WORDS_WIDTH = 36
@@ -38,7 +38,7 @@ class ABProgress:
 
     def __init__(self, num_runs: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -99,7 +99,7 @@ def _workload_table(
 ) -> Table:
     others = arms[1:]
     table = Table(
-        title=f"{workload['name']}: {workload['summary']}",
+        title=Text(f"{workload['name']}: {workload['summary']}"),  # a name may look like markup
         title_justify="left",
         title_style="bold",
         caption=_caption(workload, summary),
@@ -131,7 +131,9 @@ def _caption(workload: dict[str, Any], summary: dict[str, Any]) -> str:
     if workload["num_completions"] != workload["num_requests"]:
         requests += f", {workload['num_completions']} completions"
     cap = f"cap {workload['cap_bytes'] / 2**20:.2f} MiB, {workload['cap_words']}"
-    return f"{requests}; {cap}; {summary['settings']['repeats']} runs"
+    return f"{requests}; {cap}; {workload['num_runs']} runs" + (
+        f". {workload['unserved']}" if workload["unserved"] else ""
+    )
 
 
 def _value(value: dict[str, Any], is_wide: bool) -> str:
@@ -157,6 +159,8 @@ def _conclusion(summary: dict[str, Any]) -> Group:
         Text(equality["words"] + ".", style="bold green" if equality["is_equal"] else "bold red")
     ]
     lines += [Text(f"  {difference}") for difference in equality["differences"]]
+    if summary["stopped"]:
+        lines.append(Text(summary["stopped"], style="bold red"))
     for other, score in summary["score"].items():
         lines.append(
             Text.assemble(
@@ -170,6 +174,6 @@ def _conclusion(summary: dict[str, Any]) -> Group:
             )
         )
     rule = "Medians; the ratio is the first side over the other, round by round. Where the ranges "
-    rule += "of the runs overlap, it is a tie. " + chance_words(summary["settings"]["repeats"])
+    rule += "of the runs overlap, it is a tie. " + chance_words(fewest_runs(summary))
     lines.append(Text(rule, style="dim"))
     return Group(*lines)

@@ -18,6 +18,8 @@ from .workload import Workload, WorkloadRequest
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 MAX_DIGITS = 9
+MAX_ARRIVAL_S = 7 * 86_400.0
+"""Whoever waits longer has seconds since 1970 in the file, or milliseconds."""
 
 
 def read_trace(path: Path, *, vocab_size: int, context_tokens: int, seed: int = 0) -> Workload:
@@ -78,8 +80,11 @@ def _read_seconds(where: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{where}: arrival_s is {text!r}; it must be seconds, 0 or more")
+    if not 0 <= value <= MAX_ARRIVAL_S:
+        raise ConfigError(
+            f"{where}: arrival_s is {text!r}; it must be seconds since the start, from 0 to "
+            f"{MAX_ARRIVAL_S:.0f}"
+        )
     return value
 
 

@@ -311,6 +311,45 @@ def test_steps_done_at_once_change_nothing(kind: str, prefix_caching: bool) -> N
     assert list(some.values())[-1][4].preempt_recompute > 0
 
 
+def test_a_slot_that_comes_free_in_a_quiet_step_is_warmed_in_the_next() -> None:
+    rng = np.random.default_rng(0)
+    trace = Trace(
+        name="test",
+        arrival_s=np.cumsum(rng.exponential(0.05, 45)),
+        prompt_tokens=rng.integers(1, 300, 45),
+        output_tokens=rng.integers(1, 250, 45),
+    )
+    setting = Setting(
+        max_num_seqs=4,
+        capacity_bytes=285 << 20,
+        page_bytes=1 << 18,
+        layers_per_group=1,
+        commit_ahead_tokens=16,
+        low_watermark=0.1,
+        prefix_caching=True,
+        latency=DriverLatency().times(10),
+    )
+    every, some = (run_setting(setting, trace, skips=skips) for skips in (False, True))
+    assert len(some) < len(every)
+    assert {step: every[step] for step in some} == some
+
+
+def test_counters_are_of_the_same_steps_as_times() -> None:
+    trace = draw_trace(ALPACA, 100, seed=0)
+    setting = Setting(max_num_seqs=16, capacity_bytes=2 << 30)
+    stats = []
+    num_ended = 0
+    with setting.engine(trace.max_seq_len) as (engine, clock):
+        for step in simulate(trace, engine, clock):
+            num_ended += len(step.ended)
+            if num_ended >= (20, 80, 101)[len(stats)]:
+                stats.append(engine.backend.stats())
+    result = run(setting, trace)
+    for name in ("map_calls", "background_pages", "adopted_pages", "critical_pages"):
+        before, after = (getattr(stat, name) for stat in stats)
+        assert result["counters"][name] == after - before, name
+
+
 def test_a_worker_without_time_leaves_its_work_to_the_engine() -> None:
     trace = draw_trace(ALPACA, 200, seed=0)
     setting = Setting(max_num_seqs=64, capacity_bytes=2 << 30)

@@ -76,6 +76,82 @@ def test_outputs_that_differ_are_the_exit_status(run, trace, monkeypatch):
     assert "Outputs DIFFER: 1 sequences" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of <memory>")])
+def test_what_was_measured_before_a_break_is_kept(run, trace, tmp_path, monkeypatch, error):
+    real, runs = experiment.run_once, []
+
+    def break_off(*args, **kwargs):
+        if len(runs) == 7:  # two sides: untimed, then two rounds and a half
+            raise error
+        runs.append(real(*args, **kwargs))
+        return runs[-1]
+
+    monkeypatch.setattr(experiment, "run_once", break_off)
+    if isinstance(error, KeyboardInterrupt):
+        code, out, _ = run("--trace", trace, "--repeats", "5")
+        assert code != 0
+    else:
+        with pytest.raises(RuntimeError, match="out of <memory>"):
+            run("--trace", trace, "--repeats", "5")
+        out = ""
+    summary = json.loads((tmp_path / "vmalloc-ab.json").read_text())
+    (workload,) = summary["workloads"]
+    assert workload["num_runs"] == 2
+    for line in workload["table"]:
+        assert {len(value["runs"]) for value in line["values"].values()} == {2}
+    assert "Broken off in trace.csv, paged, run 3: " in summary["stopped"]
+    page = (tmp_path / "vmalloc-ab.html").read_text()
+    assert "Broken off in trace.csv" in page
+    assert "33.3% of equals" in page
+    assert "<memory>" not in page
+    if out:
+        assert "Broken off in trace.csv" in " ".join(out.split())
+
+
+def test_a_break_before_the_first_round_is_whole_leaves_no_report(
+    run, trace, tmp_path, monkeypatch
+):
+    def break_off(*_, **__):
+        raise RuntimeError("at once")
+
+    monkeypatch.setattr(experiment, "run_once", break_off)
+    with pytest.raises(RuntimeError, match="at once"):
+        run("--trace", trace)
+    assert not (tmp_path / "vmalloc-ab.json").exists()
+
+
+def test_names_of_files_are_shown_as_they_are(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    name = '[red] $\\x_$ "><script>.csv'
+    for path in (tmp_path / name, tmp_path / "a" / name):
+        path.write_text("arrival_s,prompt_tokens,output_tokens\n0,30,5\n")
+    code, out, err = run(
+        "--trace", name, "--trace", f"a/{name}", "--repeats", "1", "--json", "[i].json"
+    )
+    assert code == 0, err
+    assert "[red] $\\x_$" in out
+    assert "Wrote [i].json" in out
+    page = (tmp_path / "vmalloc-ab.html").read_text()
+    assert "<script" not in page
+    names = [one["name"] for one in json.loads((tmp_path / "[i].json").read_text())["workloads"]]
+    assert names == [name, f"a/{name}"]
+
+
+def test_who_serves_fewer_requests_is_named(run, tmp_path):
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,90,20\n0,5,5\n")
+    code, out, err = run(
+        "--trace", "t.csv", "--repeats", "2", "--kv-cache-memory-bytes", str(256 << 10),
+        "--backends", "virtual,max_length", "--page-size", "65536",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "1 with virtual, 2 with max_length" in " ".join(out.split())
+    assert "better" not in out.split("Outputs equal")[0]
+    assert "worse" not in out.split("Outputs equal")[0]
+    summary = json.loads((tmp_path / "vmalloc-ab.json").read_text())
+    assert summary["score"]["max_length"] == {"better": 1, "tie": 0, "worse": 0}
+    assert "1 with virtual, 2 with max_length" in (tmp_path / "vmalloc-ab.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -84,6 +160,7 @@ def test_outputs_that_differ_are_the_exit_status(run, trace, monkeypatch):
         (["--trace", "none.csv"], "none.csv'; it cannot be read"),
         (["--json", "no/such/folder.json"], "output is 'no/such/folder.json'"),
         (["--html", "."], "output is '.'; it is a folder"),
+        (["--json", "one", "--html", "./one"], "output is 'one' twice"),
         (["--repeats", "0"], "repeats is 0"),
         (["--model", "no/such/model"], "no/such/model"),
     ],

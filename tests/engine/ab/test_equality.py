@@ -94,7 +94,39 @@ def test_a_request_that_one_side_did_not_fit_is_told_apart(model, served):
     equality = compare(model, served, changed)
     assert equality.is_equal
     assert equality.num_unserved == 2
-    assert "2 did not fit on one side" in equality.words
+    assert "2 did not fit" in equality.words
+
+
+def test_where_nothing_was_compared_nothing_is_equal(model, served):
+    changed = copy.deepcopy(served)
+    for request in changed:
+        request.error = "does not fit"
+    for reference in (served, changed):
+        equality = compare(model, reference, changed)
+        assert not equality.is_equal
+        assert equality.num_unserved == 5
+        assert equality.words.startswith("Outputs NOT COMPARED")
+
+
+def test_what_is_no_number_is_no_tie(model, served):
+    changed = copy.deepcopy(served)
+    changed[SAMPLED].completions[1].logprobs[4] = float("nan")
+    assert not compare(model, served, changed).is_equal
+    changed = copy.deepcopy(served)
+    beam = changed[BEAM].completions[1]
+    beam.token_ids[2] = (beam.token_ids[2] + 1) % 97
+    for value in (None, float("nan")):
+        beam.cumulative_logprob = value
+        assert not compare(model, served, changed).is_equal
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample"])
+def test_a_model_that_gives_no_numbers_is_not_undecided(model, method):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.full_like(head.weight, float("nan")))
+    assert not compare_one(model, method, 40, 41).is_equal
 
 
 @pytest.fixture(scope="module")

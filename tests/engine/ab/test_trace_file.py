@@ -59,6 +59,11 @@ def test_a_seed_makes_one_set_of_prompts(read):
         (HEADER + "-1,1,1\n", "line 2: arrival_s is '-1'"),
         (HEADER + "nan,1,1\n", "line 2: arrival_s is 'nan'"),
         (HEADER + "inf,1,1\n", "line 2: arrival_s is 'inf'"),
+        (
+            HEADER + "1763760000,1,1\n",
+            "line 2: arrival_s is '1763760000'; it must be",
+        ),
+        (HEADER + "1e300,1,1\n", "line 2: arrival_s is '1e300'"),
         (HEADER + "0,0,1\n", "line 2: prompt_tokens is '0'"),
         (HEADER + "0,1.5,1\n", "line 2: prompt_tokens is '1.5'"),
         (HEADER + "0,1,\n", "line 2: output_tokens is ''"),
