@@ -9,7 +9,7 @@ JOBS ?= $(shell nproc)
 PYTHON_SOURCES := vmalloc engine server tests benchmarks scripts
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.inl tests/core/*.cpp tests/fakecuda/*.cpp tests/fakecuda/*.h)
 
-.PHONY: demo serve test test-vllm check format asan tsan fakecuda mutations soak bench bench-peers bench-gpu clean build
+.PHONY: demo serve test test-vllm check format docs docs-serve asan tsan fakecuda mutations soak bench bench-docs bench-peers bench-gpu clean build
 
 demo: build
 	$(BIN)/vmalloc generate --model demo --prompt "def " --prompt "import " --prompt "class Stack:" \
@@ -31,11 +31,19 @@ check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vmalloc
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python scripts/docs_site.py
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The docs as a site below build/site; a link or an anchor that leads nowhere is an error.
+docs: build
+	$(BIN)/python scripts/docs_site.py
+
+docs-serve: build
+	$(BIN)/python scripts/docs_site.py --serve
 
 # Sanitizer runs are native (no Python), so they need nothing but a compiler and CMake.
 asan: $(VENV)/.deps
@@ -74,6 +82,10 @@ bench: build
 	$(BIN)/python benchmarks/preemption.py
 	$(BIN)/python benchmarks/hf_cache.py
 
+# All figures of the docs again, from the committed results: measures nothing.
+bench-docs: build
+	$(BIN)/python benchmarks/figures.py
+
 # Other engines on the same work, an environment each below .peers: an hour on a quiet machine.
 # PEERS_ARGS=--build-llama-cpp builds llama.cpp's server first, a quarter hour more.
 bench-peers: build
@@ -98,4 +110,4 @@ $(VENV)/.built: $(VENV)/.deps CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) .venv-vllm .peers
+	rm -rf build dist .cache $(VENV) .venv-vllm .peers

@@ -212,8 +212,14 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 8,
     quick: Annotated[bool, typer.Option(help="Short rows, to see that it runs.")] = False,
     seed: Annotated[int, typer.Option(help="Seeds weights and turns.")] = 0,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show this result of an earlier run.")
+    ] = None,
 ) -> None:
     """Compare caches under transformers' generate; see the head of this file."""
+    if redraw is not None:
+        show(json.loads(redraw.read_text()), figure)
+        return
     lengths, rounds = ((512,), 2) if quick else (LENGTHS, rounds)
     cases = [(batch, num_tokens) for batch in BATCHES for num_tokens in lengths]
     rows: list[dict[str, Any]] = []
@@ -221,11 +227,17 @@ def main(
         task = progress.add_task("turns", total=len(cases) * (rounds + 1))
         for batch, num_tokens in cases:
             rows += measure_case(batch, num_tokens, rounds, seed, lambda: progress.advance(task))
-    print_tables(rows)
     packages = ("vmalloc", "torch", "transformers")
-    write_json(json_file, {"provenance": provenance(seed, packages), "rows": rows})
+    result = {"provenance": provenance(seed, packages), "rows": rows}
+    write_json(json_file, result)
+    show(result, figure)
+
+
+def show(result: dict[str, Any], figure: Path | None) -> None:
+    """Print a result, and write its figure where it is wanted."""
+    print_tables(result["rows"])
     if figure is not None:
-        draw_figure(rows, figure)
+        draw_figure(result["rows"], figure)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads libgomp
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -285,8 +286,14 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option(help="Short sequences, one round.")] = False,
     seed: Annotated[int, typer.Option(help="Seeds the random model.")] = 0,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show this result of an earlier run.")
+    ] = None,
 ) -> None:
     """Measure what a preemption costs; see the head of this file."""
+    if redraw is not None:
+        show(json.loads(redraw.read_text()), figure)
+        return
     torch.set_num_threads(1)
     lengths, rounds, repeats = (LENGTHS[:2], 1, 1) if quick else (LENGTHS, 2, 3)
     num_units = len(PAGE_SIZES) + len(BLOCK_SIZES)
@@ -299,8 +306,13 @@ def main(
             "preemptions", total=len(MODELS) * num_units * len(lengths) * rounds
         )
         result["rows"] = measure_all(lengths, rounds, repeats, seed, lambda: progress.advance(task))
-    print_tables(result["rows"])
     write_json(json_file, result)
+    show(result, figure)
+
+
+def show(result: dict[str, Any], figure: Path | None) -> None:
+    """Print a result, and write its figure where it is wanted."""
+    print_tables(result["rows"])
     if figure is not None:
         draw_figure(result["rows"], figure)
 

@@ -27,6 +27,7 @@ Owns: nothing.  Thread-safety: one process, no threads of its own.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -279,8 +280,14 @@ def main(
     ] = SHARPNESS,
     quick: Annotated[bool, typer.Option(help="24 requests, to see that it runs.")] = False,
     seed: Annotated[int, typer.Option(help="Seeds lengths and scores.")] = 0,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show this result of an earlier run.")
+    ] = None,
 ) -> None:
     """Measure the memory that sharing saves; see the head of this file."""
+    if redraw is not None:
+        show(json.loads(redraw.read_text()), figure)
+        return
     num_requests = 24 if quick else num_requests
     result: dict[str, Any] = {"provenance": provenance(seed), "sharpness": sharpness}
     with Progress(console=Console(stderr=True)) as progress:
@@ -288,8 +295,13 @@ def main(
             measure_all(lengths, num_requests, seed, sharpness, progress)
             for lengths in (ALPACA, SHAREGPT)
         ]
-    print_tables(result)
     write_json(json_file, result)
+    show(result, figure)
+
+
+def show(result: dict[str, Any], figure: Path | None) -> None:
+    """Print a result, and write its figure where it is wanted."""
+    print_tables(result)
     if figure is not None:
         draw_figure(result, figure)
 

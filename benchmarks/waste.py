@@ -26,6 +26,7 @@ Owns: nothing.  Thread-safety: one process, no threads of its own.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,16 +287,27 @@ def main(
     num_requests: Annotated[int, typer.Option(min=1, help="Requests of each trace.")] = 500,
     quick: Annotated[bool, typer.Option(help="100 requests, to see that it runs.")] = False,
     seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show this result of an earlier run.")
+    ] = None,
 ) -> None:
     """Measure how much committed memory holds tokens; see the head of this file."""
+    if redraw is not None:
+        show(json.loads(redraw.read_text()), figure)
+        return
     num_requests = 100 if quick else num_requests
     result: dict[str, Any] = {"provenance": provenance(seed)}
     with Progress(console=Console(stderr=True)) as progress:
         result["traces"] = [
             measure_all(lengths, num_requests, seed, progress) for lengths in (ALPACA, SHAREGPT)
         ]
-    print_tables(result)
     write_json(json_file, result)
+    show(result, figure)
+
+
+def show(result: dict[str, Any], figure: Path | None) -> None:
+    """Print a result, and write its figure where it is wanted."""
+    print_tables(result)
     if figure is not None:
         draw_figure(result, figure)
 

@@ -12,6 +12,7 @@
 
 #include "bindings_attention.h"
 #include "bindings_decoder.h"
+#include "bindings_draw.h"
 #include "bindings_linear.h"
 #include "cuda_driver.h"
 #include "dlpack.h"
@@ -599,6 +600,7 @@ PYBIND11_MODULE(_core, m) {
   bind_elastic_memory(m);
   bind_attention(m);
   bind_decoder(m);
+  bind_draw(m);
   bind_linear(m);
 }
 

@@ -88,15 +88,14 @@ class Decoder {
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
-  /// Compute the batch: write its K and V to the cache, and `logits`, `[num_rows][num_logits()]`.
+  /// Compute the batch: write its K and V to the cache, and `logits`,
+  /// `[num_rows][head.out_features]`.
   ///
   /// A row's logits are the same to the last bit whatever else the batch holds, however its
   /// sequence is cut into calls and whatever the number of threads (on one instruction set).
   /// Throws ConfigError, with nothing written, on a token id, position, row or index out of range.
   void forward(const DecoderCache& cache, const DecoderBatch& batch, float* logits);
 
-  [[nodiscard]] std::int64_t num_logits() const { return model_.head.out_features; }
-  [[nodiscard]] std::size_t num_layers() const { return model_.layers.size(); }
   [[nodiscard]] std::size_t scratch_bytes() const;
 
  private:

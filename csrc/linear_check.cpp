@@ -83,6 +83,7 @@ bool overlap(const Rows& a, const Rows& b, std::int64_t num_rows) {
     return start(rows) + ((num_rows - 1) * rows.stride + rows.width) * kElement;
   };
   if (end(a) <= start(b) || end(b) <= start(a)) return false;
+  if (num_rows == 1) return true;         // and the strides may be anything
   if (a.stride != b.stride) return true;  // or may: not worth finding out
   // Rows of one buffer that alternate.
   const std::int64_t row = a.stride * kElement;

@@ -17,6 +17,7 @@ from ..host_memory import available_bytes
 from ..kernels.select import AttentionKernels
 from .cache_factory import CacheFactory
 from .config import EngineConfig
+from .cpu_layout import choose_layout
 from .model_loader import context_tokens
 from .probe import ProbedModel
 
@@ -57,7 +58,8 @@ def resolve_config(
     """
     token_bytes = sum(layer.token_bytes for layer in layers)
     page_bytes = config.page_size or _DEFAULT_PAGE_BYTES[device.type]
-    num_groups = -(-len(layers) // (config.layers_per_group or len(layers)))
+    cuts_itself = device.type == "cpu" and config.kv_driver != "cuda"
+    num_groups = -(-len(layers) // (config.layers_per_group or (1 if cuts_itself else len(layers))))
     # Full length for everyone, each with a partly used page in every group.
     most = config.max_num_seqs * (max_model_len * token_bytes + 2 * num_groups * page_bytes)
     cap = config.kv_cache_memory_bytes
@@ -65,6 +67,11 @@ def resolve_config(
         if device_limit is None:
             device_limit = int(available_bytes() * DEFAULT_MEMORY_SHARE)
         cap = min(device_limit, most)
+    if cuts_itself:
+        layout = choose_layout(layers, min(cap, most), config.page_size, config.layers_per_group)
+        config = replace(
+            config, page_size=layout.page_bytes, layers_per_group=layout.layers_per_group
+        )
     swap = config.swap_space_bytes
     if swap is None:
         swap = min(int(available_bytes() * DEFAULT_SWAP_SHARE), cap)

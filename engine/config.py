@@ -67,8 +67,10 @@ class EngineConfig:
             requests that ended.
         block_size: tokens of one block of the paged backend.
         commit_policy: how much memory a request reserves when it starts, see ``CommitPolicy``.
-        page_size: physical KV page in bytes. None: the driver's default.
-        layers_per_group: layers that share one KV row. None: all of them.
+        page_size: physical KV page in bytes. None: 16 to 64 KiB on the CPU, about 16 tokens of a
+            row; on CUDA the driver's granularity.
+        layers_per_group: layers that share one KV row. None: one on the CPU, or more where pages
+            would be too small (see ``engine/cpu_layout.py``); all of them on CUDA.
         commit_ahead_tokens: rows kept backed past each sequence's end by a background thread.
         seed: seeds the generator that gives a seed to requests without one.
         batch_invariant: make logits bitwise independent of batch mates, at some cost for small

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.draw_cpu import RandomKeys, draw
 from .logits_filters import apply_filters, make_filters, masking_filters
 from .logprobs import TokenScores, logprob_entries, score_tokens
 from .outputs import Logprob
-from .philox import uniforms
 from .sequence import Sequence
 from .transfer import take_rows, to_device, to_host
 from .truncation import keep_min_p, keep_top_k, keep_top_p, keep_typical
@@ -52,9 +52,9 @@ class SampledTokens:
 @torch.inference_mode()
 def sample(seqs: SequenceABC[Sequence], logits: Tensor) -> SampledTokens:
     """Choose a token per sequence from float32 ``logits [num_seqs, vocab_size]`` (not changed)."""
-    best_ids = _best_tokens(seqs, logits)
-    if best_ids is not None:
-        return SampledTokens(list(best_ids), [None] * len(seqs), [None] * len(seqs))
+    plain_ids = _plain_tokens(seqs, logits)
+    if plain_ids is not None:
+        return SampledTokens(list(plain_ids), [None] * len(seqs), [None] * len(seqs))
     _complete_filters(seqs, logits)
     allowed, failed = apply_filters(seqs, logits)
     wanted = [
@@ -103,19 +103,22 @@ def score_beams(seqs: SequenceABC[Sequence], logits: Tensor) -> tuple[Tensor, st
     return scores, None
 
 
-def _best_tokens(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int] | None:
-    """Each row's most likely token, if that is all there is to find on the CPU; else None.
+def _plain_tokens(seqs: SequenceABC[Sequence], logits: Tensor) -> list[int] | None:
+    """Each row's token, if all are plain and on the CPU; else None.
 
-    NumPy finds it ten times as fast as torch, which at a few hundred logits a row would take a
-    good part of a step.
+    NumPy and our own draws are ten times as fast as torch, whose operators and threads would take a
+    good part of a step at a few hundred logits a row.
     """
-    if logits.device.type != "cpu" or not all(seq.takes_best for seq in seqs):
+    if logits.device.type != "cpu" or not all(seq.is_plain for seq in seqs):
         return None
     values = logits.numpy()
-    best = values.argmax(axis=1)
-    if not np.isfinite(values[np.arange(len(best)), best]).all():  # somebody's error
+    chosen = values.argmax(axis=1)
+    if not np.isfinite(values[np.arange(len(chosen)), chosen]).all():  # somebody's error
         return None
-    token_ids: list[int] = best.tolist()
+    rows = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
+    if rows:
+        chosen[rows] = _draw(seqs, rows, logits)
+    token_ids: list[int] = chosen.tolist()
     return token_ids
 
 
@@ -151,36 +154,56 @@ def _explain(seq: Sequence, logits: Tensor) -> str:
 def _choose(seqs: SequenceABC[Sequence], logits: Tensor, best: Tensor) -> Tensor:
     """``best`` of each row where the sequence is greedy, a random draw elsewhere."""
     rows = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
+    if logits.device.type == "cpu":
+        # As among plain ones: what a sequence draws must not depend on who else is there.
+        whole = [row for row in rows if not seqs[row].params.truncates]
+        rows = [row for row in rows if seqs[row].params.truncates]
+        if whole:
+            drawn = torch.tensor(_draw(seqs, whole, logits))
+            best = best.index_copy(0, torch.tensor(whole), drawn)
     if not rows:
         return best
     num_at_once = max(1, NUM_DRAWN_LOGITS[logits.device.type] // logits.shape[1])
     blocks = [rows[start : start + num_at_once] for start in range(0, len(rows), num_at_once)]
-    drawn = torch.cat(
+    found = torch.cat(
         [_choose_randomly([seqs[row] for row in some], take_rows(logits, some)) for some in blocks]
     )
     if len(rows) == len(seqs):
-        return drawn
-    return best.index_copy(0, to_device(np.array(rows), best.device), drawn)
+        return found
+    return best.index_copy(0, to_device(np.array(rows), best.device), found)
+
+
+def _draw(seqs: SequenceABC[Sequence], rows: list[int], logits: Tensor) -> list[int]:
+    """A draw from the whole distribution, on the CPU, for the sequences ``seqs[row]``."""
+    drawn = [seqs[row] for row in rows]
+    return draw(logits.contiguous(), rows, _temperatures(drawn), _keys(drawn))
+
+
+def _temperatures(seqs: SequenceABC[Sequence]) -> list[float]:
+    # float32 holds nothing smaller or larger: 0 / 0 and inf / inf would be NaN.
+    return [min(max(seq.params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for seq in seqs]
+
+
+def _keys(seqs: SequenceABC[Sequence]) -> RandomKeys:
+    return RandomKeys(
+        [seq.seed for seq in seqs],
+        [seq.choice_idx for seq in seqs],
+        [len(seq.token_ids) for seq in seqs],
+    )
 
 
 def _choose_randomly(seqs: SequenceABC[Sequence], logits: Tensor) -> Tensor:
     """Invert the cumulative distribution, in vocabulary order, at one uniform number per row."""
     params = [seq.params for seq in seqs]
-    # float32 holds nothing smaller or larger: 0 / 0 and inf / inf would be NaN.
-    temperatures = [min(max(one.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for one in params]
-    temperature = to_device(np.array(temperatures, dtype=np.float32), logits.device)
+    temperatures = np.array(_temperatures(seqs), dtype=np.float32)
+    temperature = to_device(temperatures, logits.device)
     # From the maximum down, so that a tiny temperature gives -inf and never inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     scaled = keep_top_k(params, keep_typical(params, keep_min_p(params, scaled)))
     probs = keep_top_p(params, scaled.softmax(dim=-1))
     cumulative = probs.double().cumsum(dim=-1)
     total = cumulative.select(1, -1)
-    numbers = uniforms(
-        [seq.seed for seq in seqs],
-        [seq.choice_idx for seq in seqs],
-        [seq.num_tokens for seq in seqs],
-    )
-    target = to_device(numbers, logits.device) * total
+    target = to_device(_keys(seqs).uniforms(), logits.device) * total
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(target, below_total).unsqueeze(1)
     # The first entry above the target has probability, whatever was masked before it.

@@ -171,6 +171,11 @@ class SamplingParams:
         return 0 if self.logprobs is None and self.width > self.n else self.logprobs
 
     @property
+    def truncates(self) -> bool:
+        """Whether unlikely tokens are cut off before a draw."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.typical_p < 1.0
+
+    @property
     def has_filters(self) -> bool:
         """Whether anything but stop tokens changes the logits before ``temperature``."""
         return (

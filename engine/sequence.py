@@ -28,7 +28,8 @@ class Sequence:
         has_kv: whether the cache knows it, swapped out or not.
         seed: 64-bit key of its random numbers.
         filters: what changes its logits before a token is chosen; None if nothing does.
-        takes_best: whether its next token is the most likely one and nobody asks for more.
+        is_plain: whether its next token needs no more than the logits and a temperature: nothing
+            changes them, nothing is cut off, nobody asks for logprobs.
         is_end_reported: whether an output said that it ended.
         num_unstoppable_chars: leading text from before ``min_tokens``, where no stop string counts.
         num_searched_chars: leading text that was searched for stop strings.
@@ -43,6 +44,7 @@ class Sequence:
         "finish_reason",
         "has_kv",
         "is_end_reported",
+        "is_plain",
         "logprobs",
         "max_tokens",
         "num_computed_tokens",
@@ -59,7 +61,6 @@ class Sequence:
         "seq_id",
         "stop_reason",
         "stop_token_ids",
-        "takes_best",
         "token_ids",
     )
 
@@ -85,9 +86,9 @@ class Sequence:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.filters = filters
-        self.takes_best = (
-            params.is_greedy
-            and not params.has_filters
+        self.is_plain = (
+            not params.has_filters
+            and (params.is_greedy or not params.truncates)
             and params.min_tokens == 0
             and params.num_logprobs is None
         )

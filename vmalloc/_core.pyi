@@ -393,3 +393,20 @@ def linear(
     calls: Sequence[tuple[_ProductRows, _Weight, _Weight | None, _ProductRows, int, float]],
     num_rows: int,
 ) -> None: ...
+
+# ---- Random draws (csrc/bindings_draw.cpp)
+
+def draw(
+    logits: int,
+    num_rows: int,
+    vocab_size: int,
+    rows: Sequence[int],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    choice_idx: Sequence[int],
+    positions: Sequence[int],
+) -> list[int]: ...
+def uniforms(
+    seeds: Sequence[int], choice_idx: Sequence[int], positions: Sequence[int]
+) -> list[float]: ...
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...

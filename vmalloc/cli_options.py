@@ -239,7 +239,7 @@ CommitPolicyOption = Annotated[
 PageSize = Annotated[
     int | None,
     typer.Option(
-        help="Bytes of one physical page. Default: 64 KiB on CPU, the driver's least on a GPU.",
+        help="Bytes of one physical page. Default: 16 to 64 KiB on CPU, the least on a GPU.",
         rich_help_panel=_MEMORY,
     ),
 ]
@@ -250,7 +250,8 @@ BlockSize = Annotated[
 LayersPerGroup = Annotated[
     int | None,
     typer.Option(
-        help="Layers whose K and V share one row; 1: a buffer per layer. Default: all.",
+        help="Layers whose K and V share one row; 1: a buffer per layer. "
+        "Default: 1 on CPU, all on a GPU.",
         rich_help_panel=_MEMORY,
     ),
 ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..philox import uniforms
+from ...kernels.draw_cpu import RandomKeys
 from .replay import ServedCompletion, ServedRequest
 from .workload import Workload, WorkloadRequest
 
@@ -193,7 +193,8 @@ def _gap(
         best = float(logits.max())
         return max(_known(best - float(logits[token_id])) for token_id in rivals)
     cumulative = logits.softmax(-1).double().cumsum(-1)
-    number = float(uniforms([asked.seed], [choice_idx], [len(before)])[0]) * float(cumulative[-1])
+    (uniform,) = RandomKeys([asked.seed], [choice_idx], [len(before)]).uniforms()
+    number = float(uniform) * float(cumulative[-1])
     return max(_distance(number, cumulative, token_id) for token_id in rivals)
 
 

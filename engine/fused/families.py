@@ -36,6 +36,11 @@ class Family:
         """Whether ``module`` is this family's own ``prefix + suffix``, no subclass of it."""
         return self._is_named(module, self.prefix + suffix)
 
+    @property
+    def home(self) -> str:
+        """The module that its classes are in."""
+        return f"transformers.models.{self.package}.modeling_{self.package}"
+
     def is_embedding(self, module: Any) -> bool:
         """Whether ``module`` is the family's input embedding."""
         if self.embedding == "Embedding":
@@ -46,8 +51,7 @@ class Family:
 
     def _is_named(self, module: Any, name: str) -> bool:
         kind = type(module)
-        home = f"transformers.models.{self.package}.modeling_{self.package}"
-        return bool(kind.__module__ == home and kind.__qualname__ == name)
+        return bool(kind.__module__ == self.home and kind.__qualname__ == name)
 
 
 FAMILIES: Final = (

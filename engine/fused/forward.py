@@ -33,7 +33,7 @@ class FusedForward:
         self._views = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
         self._cache = decoder_cache(self._views)
         # Kept from step to step: fresh memory for a large vocabulary costs a page fault per 4 KiB.
-        self._logits = torch.empty(backend.config.max_num_seqs, decoder.num_logits)
+        self._logits = _empty_logits(backend.config.max_num_seqs, decoder.num_logits)
 
     def close(self) -> None:
         """Let go of the cache's tensors, which keep its addresses reserved."""
@@ -51,7 +51,12 @@ class FusedForward:
         num_rows = rows.shape[0]
         logits = self._logits
         if num_rows > logits.shape[0]:  # of whole prompts: rare, and not kept
-            logits = torch.empty(num_rows, logits.shape[1])
+            logits = _empty_logits(num_rows, logits.shape[1])
         logits = logits[:num_rows]
         self._decoder.forward(self._cache, token_ids, positions, rows, view, logits)
         return logits
+
+
+def _empty_logits(num_rows: int, num_logits: int) -> Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.empty(num_rows, num_logits, dtype=torch.float32, device="cpu")

@@ -18,7 +18,27 @@ from .families import Family
 
 
 def check_untouched(module: nn.Module, name: str) -> None:
-    """Refuse a module that computes more than its class says, or in training mode."""
+    """Refuse a module that computes more than its class was written to, or in training mode."""
+    check_instance(module, name)
+    kind = type(module)
+    if not is_of_libraries(kind.forward):
+        raise NotRecognisedError(f"{name} is a {kind.__name__}, whose forward was replaced")
+
+
+def is_of_libraries(function: Any) -> bool:
+    """Whether a function, and what it wraps, are of torch and transformers: nobody patched it."""
+    if function is None:
+        return False
+    while function is not None:
+        home = getattr(function, "__globals__", {}).get("__name__", "")
+        if home.partition(".")[0] not in ("torch", "transformers"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def check_instance(module: nn.Module, name: str) -> None:
+    """Refuse a module that computes more than its class does, or in training mode."""
     own = vars(module)
     if "forward" in own or "_hf_hook" in own:
         raise NotRecognisedError(f"{name} has a forward of its own")
@@ -29,6 +49,13 @@ def check_untouched(module: nn.Module, name: str) -> None:
                 raise NotRecognisedError(f"{name} has a hook")
     if module.training:
         raise NotRecognisedError(f"{name} is in training mode")
+
+
+def check_dropout(module: Any, name: str) -> None:
+    """Refuse what stands in a dropout's place; one in eval mode passes its input on."""
+    if type(module) is not nn.Dropout:
+        raise NotRecognisedError(f"{name} is a {type(module).__name__}, not a Dropout")
+    check_untouched(module, name)
 
 
 def check_no_global_hooks() -> None:
@@ -93,15 +120,20 @@ def take_norm(module: Any, name: str, size: int, family: Family) -> Norm:
 
 def take_activation(module: Any, name: str) -> Activation:
     """Which activation a module is: seen by what it answers, since many classes do the same."""
-    check_untouched(module, name)
-    grid = torch.linspace(-6.0, 6.0, 97)
-    answer = module(grid)
+    check_instance(module, name)
+    grid = torch.linspace(-6.0, 6.0, 97, dtype=torch.float32, device="cpu")
     known: tuple[tuple[Activation, Tensor], ...] = (
         ("silu", F.silu(grid)),
         ("gelu_tanh", F.gelu(grid, approximate="tanh")),
     )
+    try:
+        answer = module(grid)
+    except Exception as error:  # it is anybody's, e.g. one that wants another shape
+        raise NotRecognisedError(
+            f"{name} is a {type(module).__name__}, which raised {type(error).__name__}: {error}"
+        ) from error
     for activation, expected in known:
-        if torch.equal(answer, expected):
+        if isinstance(answer, Tensor) and torch.equal(answer, expected):
             return activation
     raise NotRecognisedError(f"{name} is a {type(module).__name__}, neither SiLU nor tanh GELU")
 

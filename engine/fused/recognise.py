@@ -17,6 +17,7 @@ from ..kv_attention import LayerAttention
 from .errors import NotRecognisedError
 from .families import Family, family_of
 from .parts import (
+    check_dropout,
     check_no_global_hooks,
     check_untouched,
     split_projection,
@@ -105,6 +106,8 @@ class _Reader:
             )
         mlps, layers = [], []
         for layer_idx, layer in enumerate(self._model.layers):
+            if not self._family.is_class(layer, "DecoderLayer"):
+                raise NotRecognisedError(f"layers[{layer_idx}] is a {type(layer).__name__}")
             mlps.append(self._read_mlp(layer.mlp, f"layers[{layer_idx}].mlp"))
             layers.append(self._read_layer(layer, layer_idx, mlps[-1]))
         activations = {mlp.activation for mlp in mlps}
@@ -140,11 +143,12 @@ class _Reader:
 
     def _read_layer(self, layer: Any, layer_idx: int, mlp: _Mlp) -> LayerSpec:
         name = f"layers[{layer_idx}]"
-        if not self._family.is_class(layer, "DecoderLayer"):
-            raise NotRecognisedError(f"{name} is a {type(layer).__name__}")
         layout = take_children(
             layer, name, _NORMS_BEFORE, _NORMS_AFTER, _NORMS_AROUND, ignored=_DROPOUTS
         )
+        for child in _DROPOUTS:
+            if hasattr(layer, child):
+                check_dropout(getattr(layer, child), f"{name}.{child}")
         asked = self._attention[layer_idx]
         shape = (asked.num_heads, asked.num_kv_heads, asked.k_head_dim, asked.v_head_dim)
         if shape != (self._num_heads, self._num_kv_heads, self._head_dim, self._head_dim):
@@ -208,7 +212,8 @@ class _Reader:
     def _read_head_norms(self, module: Any, name: str) -> tuple[Norm | None, Norm | None]:
         if not hasattr(module, "q_norm"):
             return None, None
-        is_whole = module.q_norm.weight.numel() != self._head_dim
+        weight = getattr(module.q_norm, "weight", None)
+        is_whole = weight is not None and weight.numel() != self._head_dim
         sizes = (self._num_heads, self._num_kv_heads) if is_whole else (1, 1)
         query_norm, key_norm = (
             self._norm(getattr(module, child), f"{name}.{child}", count * self._head_dim)

@@ -5,6 +5,7 @@ Owns: nothing.  Thread-safety: stateless.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from .errors import NotRecognisedError
 from .families import Family
-from .parts import check_untouched
+from .parts import check_untouched, is_of_libraries
 
+_ROTATIONS = ("apply_rotary_pos_emb", "rotate_half")
+"""How a family's attention turns its heads; no module of the model shows it."""
 _ROWS_AT_ONCE = 4096
 """The module computes both halves, and in steps: what it takes for them is bounded."""
 
@@ -35,6 +38,9 @@ class RopeTables:
                 f"rotary_emb is a {type(module).__name__}, not a {family.prefix}RotaryEmbedding"
             )
         check_untouched(module, "rotary_emb")
+        for name in _ROTATIONS:
+            if not is_of_libraries(getattr(sys.modules[family.home], name, None)):
+                raise NotRecognisedError(f"{family.home}.{name} was replaced")
         self._module = module
         self._num_positions = num_positions
         self._names: list[str | None] = []
@@ -54,10 +60,13 @@ class RopeTables:
     def _make(self, layer_type: str | None) -> Tensor:
         module: Any = self._module
         arguments: Sequence[str] = () if layer_type is None else (layer_type,)
+        # Not of torch's default dtype and device, which the caller may have set.
+        like = torch.zeros(1, dtype=torch.float32, device="cpu")
         parts = []
         for start in range(0, self._num_positions, _ROWS_AT_ONCE):
-            positions = torch.arange(start, min(start + _ROWS_AT_ONCE, self._num_positions))
-            pair = torch.stack(module(torch.zeros(1), positions.unsqueeze(0), *arguments), dim=2)
+            end = min(start + _ROWS_AT_ONCE, self._num_positions)
+            positions = torch.arange(start, end, device="cpu")
+            pair = torch.stack(module(like, positions.unsqueeze(0), *arguments), dim=2)
             half = pair.shape[3] // 2
             if pair.dtype != torch.float32 or not torch.equal(pair[..., :half], pair[..., half:]):
                 raise NotRecognisedError("rotary_emb gives halves that differ")

@@ -354,6 +354,14 @@ def test_outputs_that_share_memory_are_refused() -> None:
         run(products)
 
 
+def test_one_row_that_shares_memory_is_refused_whatever_its_stride() -> None:
+    buffer = torch.full((1, 12), 3.0)
+    x, out = buffer.as_strided((1, 8), (0, 1)), buffer.as_strided((1, 6), (0, 1), 4)
+    with pytest.raises(ConfigError, match=r"calls\[0\].out shares memory with calls\[0\].x"):
+        run([Product(x, torch.ones(6, 8), out)])
+    assert (buffer == 3.0).all()
+
+
 def test_negative_rows_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_rows is -1, must be at least 0"):
         run([random_product(2, 3, 4)], num_rows=-1)

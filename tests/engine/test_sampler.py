@@ -5,49 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TypicalLogitsWarper
 
 from vmalloc.engine.logits_filters import apply_filters, make_filters
 from vmalloc.engine.logprobs import prompt_logprobs
-from vmalloc.engine.philox import philox4x32, uniforms
 from vmalloc.engine.sampler import sample
 from vmalloc.engine.sampling_params import SamplingParams
 from vmalloc.engine.sequence import Sequence
 from vmalloc.engine.truncation import keep_min_p, keep_typical
-
-# kat_vectors of Random123, "philox 4x32 10".
-KNOWN_ANSWERS = [
-    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    (
-        "243f6a88 85a308d3 13198a2e 03707344",
-        "a4093822 299f31d0",
-        "d16cfe09 94fdcceb 5001e420 24126ea1",
-    ),
-]
-
-
-def words(text: str) -> tuple[Any, ...]:
-    return tuple(np.array([int(word, 16)], dtype=np.uint64) for word in text.split())
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_philox_gives_the_published_words(counter: str, key: str, expected: str) -> None:
-    out = philox4x32(words(counter), words(key))  # type: ignore[arg-type]
-    assert [f"{int(word[0]):08x}" for word in out] == expected.split()
-
-
-def test_uniforms_depend_on_their_own_key_alone_and_fill_the_unit_interval() -> None:
-    seeds, positions = [2**64 - 1, 5, 5, 5] * 2000, list(range(8000))
-    numbers = uniforms(seeds, [0] * 8000, positions)
-    assert numbers[4321] == uniforms([seeds[4321]], [0], [4321])[0]
-    assert 0.0 <= numbers.min() < 0.01
-    assert 0.99 < numbers.max() < 1.0
-    assert abs(numbers.mean() - 0.5) < 0.02
-    assert uniforms([5], [0], [1])[0] != uniforms([5], [1], [1])[0]
 
 
 def seqs_for(params: SamplingParams | list[SamplingParams], count: int) -> list[Sequence]:
@@ -147,22 +114,38 @@ def test_stop_tokens_are_out_of_reach_before_min_tokens() -> None:
     assert sample([seq], logits).token_ids == [1]
 
 
-def test_greedy_batches_choose_what_they_choose_beside_others() -> None:
+PLAIN = {
+    "greedy": SamplingParams(temperature=0.0),
+    "drawn": SamplingParams(temperature=0.8),
+    "drawn hot": SamplingParams(temperature=2.0),
+}
+
+
+@pytest.mark.parametrize("kinds", [["greedy"], ["drawn"], ["greedy", "drawn", "drawn hot"]])
+def test_plain_batches_choose_what_they_choose_beside_others(kinds: list[str]) -> None:
     torch.manual_seed(12)
     logits = torch.randn(6, 50)
     logits[2, 7] = logits[2, 31] = 99.0  # a tie goes to the first
-    greedy = seqs_for(SamplingParams(temperature=0.0), 6)
-    asked = seqs_for(SamplingParams(temperature=0.0, logprobs=0), 6)
-    assert all(seq.takes_best for seq in greedy)
-    assert not any(seq.takes_best for seq in asked)
-    alone = sample(greedy, logits)
-    assert alone.token_ids == sample([*greedy[:5], asked[5]], logits).token_ids
-    assert alone.token_ids[2] == 7
+    params = [PLAIN[kind] for kind in kinds * (6 // len(kinds))]
+    plain = seqs_for(params, 6)
+    others = [
+        SamplingParams(temperature=0.0, logprobs=0),
+        SamplingParams(top_k=3),
+        SamplingParams(min_tokens=1, stop_token_ids=[1]),
+    ]
+    assert all(seq.is_plain for seq in plain)
+    alone = sample(plain, logits)
     assert (alone.errors, alone.logprobs) == ([None] * 6, [None] * 6)
+    for other in others:
+        asked = seqs_for([*params[:5], other], 6)
+        assert not asked[5].is_plain
+        assert sample(asked, logits).token_ids[:5] == alone.token_ids[:5]
+    if kinds == ["greedy"]:
+        assert alone.token_ids[2] == 7
     for value in (math.nan, math.inf):
         broken = logits.clone()
         broken[4, 3] = value
-        sampled = sample(greedy, broken)
+        sampled = sample(plain, broken)
         assert sampled.token_ids == [*alone.token_ids[:4], None, alone.token_ids[5]]
         assert sampled.errors[4] == "the model's logits are not finite"
 

@@ -241,6 +241,60 @@ def test_wrong_tensors_are_refused() -> None:
         decoder_cache(half)
 
 
+def all_weights(spec: DecoderSpec) -> list[Tensor]:
+    parts = [spec.head, spec.final_norm]
+    for layer in spec.layers:
+        parts += [layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up]
+        parts += [layer.down, layer.before_attention, layer.after_attention, layer.before_mlp]
+        parts += [layer.query_norm, layer.key_norm]
+    weights = [part.weight for part in parts]
+    biases = [part.bias for part in parts if isinstance(part, Projection) and part.bias is not None]
+    return [spec.embedding, *weights, *biases]
+
+
+def test_weights_whose_memory_moves_are_found_again() -> None:
+    spec = make_spec()
+    sequences = Sequences(spec)
+    expected = Sequences().compute([(0, PROMPT[:5])])
+    weights = all_weights(spec)
+    before = [weight.data_ptr() for weight in weights]
+    for weight in weights:
+        weight.share_memory_()  # in other memory; the former is freed
+    assert all(weight.data_ptr() != old for weight, old in zip(weights, before, strict=True))
+    one_by_one = [sequences.compute([(1, [token])])[0] for token in PROMPT[:5]]
+    assert torch.equal(torch.stack(one_by_one), expected)
+    spec.embedding.zero_()  # seen only where it is now
+    changed = sequences.compute([(2, PROMPT[:5])])
+    assert not torch.equal(changed, expected)
+    fresh = make_spec()
+    fresh.embedding.zero_()
+    assert torch.equal(changed, Sequences(fresh).compute([(0, PROMPT[:5])]))
+
+
+@pytest.mark.parametrize("place", range(len(all_weights(make_spec()))))
+def test_any_one_weight_that_moves_is_found_again_in_a_prompt(place: int) -> None:
+    spec = make_spec()
+    sequences = Sequences(spec)
+    weight = all_weights(spec)[place]
+    weight.share_memory_()
+    weight.add_(1.0)
+    fresh = make_spec()
+    all_weights(fresh)[place].add_(1.0)
+    expected = Sequences(fresh).compute([(0, PROMPT[:5])])
+    assert torch.equal(sequences.compute([(0, PROMPT[:5])]), expected)
+
+
+def test_a_weight_whose_storage_was_freed_is_refused() -> None:
+    spec = make_spec()
+    sequences = Sequences(spec)
+    spec.layers[1].before_mlp.weight.untyped_storage().resize_(0)  # type: ignore[union-attr]
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"a weight of shape \(44,\) has no memory"):
+            sequences.compute([(0, PROMPT[:5])])
+        sequences.lens[0] = 0
+    assert all((view == POISON).all() for views in sequences.views for view in views)
+
+
 def test_scratch_memory_grows_with_the_largest_batch_only() -> None:
     sequences = Sequences()
     assert sequences.decoder.scratch_bytes == 0

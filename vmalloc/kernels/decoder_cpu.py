@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: one forward pass at a time per decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from .. import _core
 from ..errors import ConfigError
 from .cpu import batch_addresses
+from .decoder_spec import Norm, Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..backend import KVBatchView
-    from .decoder_spec import DecoderSpec, LayerSpec, Norm, Projection
+    from .decoder_spec import DecoderSpec, LayerSpec
 
     _Weight = tuple[int, int, int, int, int]
     _Norm = tuple[int, float, float] | None
@@ -36,7 +38,9 @@ class CpuDecoder:
 
     Args:
         spec: the decoder. Its tensors, float32 on the CPU, are kept alive and read where they are
-            in every forward pass: what is written to them afterwards is seen.
+            in every forward pass: what is written to them afterwards is seen. So is memory that
+            moves beneath all of them (``Module.share_memory``), and beneath any one in the next
+            pass that computes more than one row of some sequence.
 
     Attributes:
         spec: as given.
@@ -49,6 +53,20 @@ class CpuDecoder:
     def __init__(self, spec: DecoderSpec) -> None:
         self.spec = spec
         self.name = f"fused_{_core.attention_isa()}"
+        self._weights = _tensors(spec)
+        # A look at an address costs as much as a small product, so decodes look at one a layer.
+        self._some_weights = [spec.embedding, *(layer.query.weight for layer in spec.layers)]
+        self._connect()
+
+    def _connect(self) -> None:
+        """Note where the weights are. Raises ``ConfigError`` where one has no memory any more."""
+        spec = self.spec
+        addresses = [weight.data_ptr() for weight in self._weights]
+        if not all(addresses):  # to the core, no address is no bias, or no norm
+            shape = tuple(self._weights[addresses.index(0)].shape)
+            raise ConfigError(f"a weight of shape {shape} has no memory: its storage was freed")
+        self._addresses = addresses
+        self._some_addresses = [weight.data_ptr() for weight in self._some_weights]
         self._core = _core.Decoder(
             layers=[_layer(layer, spec) for layer in spec.layers],
             ropes=[(table.data_ptr(), table.shape[0], table.shape[2]) for table in spec.ropes],
@@ -78,6 +96,15 @@ class CpuDecoder:
         """Memory that it works in; it grows with the largest batch so far."""
         return self._core.scratch_bytes
 
+    def _follow(self, decodes: bool) -> None:
+        """Find the weights again if their storage got other memory: theirs may be freed."""
+        if decodes:
+            moved = [w.data_ptr() for w in self._some_weights] != self._some_addresses
+        else:
+            moved = [w.data_ptr() for w in self._weights] != self._addresses
+        if moved:
+            self._connect()
+
     def forward(
         self,
         cache: DecoderCache,
@@ -97,7 +124,8 @@ class CpuDecoder:
             logits: float32 ``[num_rows, num_logits]`` to write to.
 
         Raises:
-            ConfigError: a shape, dtype or index is out of range; nothing was written.
+            ConfigError: a shape, dtype or index is out of range, or a weight's storage was freed;
+                nothing was written.
         """
         num_tokens, num_rows = token_ids.numel(), rows.numel()
         for tensor in (token_ids, positions, rows):
@@ -115,6 +143,7 @@ class CpuDecoder:
                 f"{shape}"
             )
         cu_seqlens_q, seqused_k, cache_batch_idx, block_table, num_seqs = batch_addresses(view)
+        self._follow(decodes=num_tokens == num_seqs)
         self._core.forward(
             cache,
             token_ids.data_ptr(),
@@ -147,6 +176,21 @@ def decoder_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> DecoderCache:
     return DecoderCache(
         layers=[(_rows(k), _rows(v)) for k, v in layers], num_slots=num_slots, num_rows=num_rows
     )
+
+
+def _tensors(spec: DecoderSpec) -> list[Tensor]:
+    """Every weight, bias and norm of a spec."""
+    layers = [[getattr(layer, field.name) for field in fields(layer)] for layer in spec.layers]
+    parts = [part for layer in layers for part in layer] + [spec.final_norm, spec.head]
+    found = [spec.embedding]
+    for part in parts:
+        if isinstance(part, Norm):
+            found.append(part.weight)
+        elif isinstance(part, Projection):
+            found.append(part.weight)
+            if part.bias is not None:
+                found.append(part.bias)
+    return found
 
 
 def _layer(layer: LayerSpec, spec: DecoderSpec) -> _core.DecoderLayer:

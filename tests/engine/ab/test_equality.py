@@ -174,12 +174,12 @@ def test_a_real_tie_of_the_model_is_excused_once_in_a_thousand(undecided):
 
 
 def test_a_sampled_tie_needs_a_random_number_at_the_border(model, served):
-    from vmalloc.engine.philox import uniforms
+    from vmalloc.kernels.draw_cpu import RandomKeys
 
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2, 3]])).logits[0, -1]
     cumulative = logits.softmax(-1).double().cumsum(-1)
-    number = float(uniforms([11], [0], [3])[0])
+    number = float(RandomKeys([11], [0], [3]).uniforms()[0])
     drawn = int(torch.searchsorted(cumulative, number))
     below = float(cumulative[drawn - 1])
     rival = drawn - 1

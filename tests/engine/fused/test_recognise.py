@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
 from tests.engine.fused.models import CONTEXT, make_model
@@ -99,6 +101,31 @@ def bfloat16_norm(model: Any) -> None:
     norm.weight = nn.Parameter(norm.weight.to(torch.bfloat16))
 
 
+class Wrapper(nn.Module):
+    """A module around another one, as those that steer a layer's output have it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class PickyActivation(nn.Module):
+    """One that takes batches of rows only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise ValueError(f"x has {x.dim()} dimensions")
+        return nn.functional.silu(x)
+
+
+def wrapped_layer(model: Any) -> None:
+    model.model.layers[1] = Wrapper(model.model.layers[1]).eval()
+
+
+def picky_activation(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = PickyActivation().eval()
+
+
 CHANGES: dict[Callable[[Any], None], str] = {
     own_linear: "q_proj is a OwnLinear, not a Linear",
     own_tensor: "up_proj.weight is a OwnTensor, not a plain tensor",
@@ -113,6 +140,8 @@ CHANGES: dict[Callable[[Any], None], str] = {
     another_part: "is made of .*adapter.*, which is no known graph",
     renormalising_embedding: "embed_tokens is a Embedding",
     bfloat16_norm: "weight is torch.bfloat16, not torch.float32",
+    wrapped_layer: r"layers\[1\] is a Wrapper",
+    picky_activation: "act_fn is a PickyActivation, which raised ValueError: x has 1 dimensions",
 }
 
 
@@ -127,6 +156,91 @@ def test_a_changed_module_is_named(change: Any, reason: str, probe: Any) -> None
     found = recognise(model, probed.probed.attention, CONTEXT)
     assert isinstance(found, str)
     assert re.search(reason, found), found
+
+
+def identity_norm(model: Any) -> None:
+    model.model.layers[0].self_attn.q_norm = nn.Identity().eval()
+
+
+def other_dropout(model: Any) -> None:
+    model.model.layers[0].resid_mlp_dropout = nn.Identity().eval()
+
+
+def hook_on_dropout(model: Any) -> None:
+    model.model.layers[2].resid_attn_dropout.register_forward_hook(lambda module, args, out: out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("qwen3", identity_norm, r"self_attn.q_norm is a Identity, not a Qwen3RMSNorm"),
+        ("phi3", other_dropout, r"layers\[0\].resid_mlp_dropout is a Identity, not a Dropout"),
+        ("phi3", hook_on_dropout, r"layers\[2\].resid_attn_dropout has a hook"),
+    ],
+)
+def test_parts_that_only_some_graphs_have(name: str, change: Any, reason: str, probe: Any) -> None:
+    model = copy.deepcopy(make_model(name))
+    change(model)
+    found = recognise(model, probe(model).probed.attention, CONTEXT)
+    assert isinstance(found, str)
+    assert re.search(reason, found), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    model = make_model("gemma2")
+    prompt: Any = {"prompt_token_ids": [3, 1, 4, 1, 5]}
+    params = SamplingParams(temperature=0.0, max_tokens=6, prompt_logprobs=2)
+    written = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            with LLM(model, fused="on", max_num_seqs=2) as llm:
+                output = llm.generate(prompt, params, use_tqdm=False)[0]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        written.append((output.outputs[0].token_ids, output.prompt_logprobs))
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"),
+    [
+        (modeling_llama.LlamaMLP, "forward", r"mlp is a LlamaMLP, whose forward was replaced"),
+        (modeling_llama.LlamaModel, "forward", "model is a LlamaModel, whose forward was replaced"),
+        (modeling_llama, "apply_rotary_pos_emb", r"llama\.apply_rotary_pos_emb was replaced"),
+    ],
+)
+def test_patched_classes_are_seen(
+    owner: Any, name: str, reason: str, probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed = probe(copy.deepcopy(make_model("llama")))
+    original = getattr(owner, name)
+
+    @functools.wraps(original)  # and looks like it
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, patched)
+    found = recognise(probed.model, probed.probed.attention, CONTEXT)
+    assert isinstance(found, str)
+    assert re.search(reason, found), found
+
+
+class OwnSilu(nn.Module):
+    """Somebody's class for what everybody calls SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x)
+
+
+def test_an_activation_of_another_class_is_known_by_its_answers(probe: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    for layer in model.model.layers:
+        layer.mlp.act_fn = OwnSilu().eval()
+    spec = recognise(model, probe(model).probed.attention, CONTEXT)
+    assert isinstance(spec, DecoderSpec)
+    assert spec.activation == "silu"
 
 
 def test_hooks_on_every_module_are_seen(probe: Any) -> None:
