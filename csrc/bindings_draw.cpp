@@ -61,8 +61,17 @@ void bind_draw(py::module_& m) {
       },
       py::arg("seeds"), py::arg("choice_idx"), py::arg("positions"),
       "Numbers in [0, 1) with 53 random bits; see vmalloc.kernels.draw_cpu.");
-  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"),
-        "Four random 32-bit words (Salmon et al., SC11), ten rounds.");
+  m.def(
+      "philox4x32",
+      [](const std::vector<std::uint32_t>& counter, const std::vector<std::uint32_t>& key) {
+        check_count("counter", counter.size(), 4);
+        check_count("key", key.size(), 2);
+        const PhiloxCounter words =
+            philox4x32({counter[0], counter[1], counter[2], counter[3]}, {key[0], key[1]});
+        return std::vector<std::uint32_t>(words.begin(), words.end());
+      },
+      py::arg("counter"), py::arg("key"),
+      "Four random 32-bit words (Salmon et al., SC11), ten rounds.");
 }
 
 }  // namespace vmalloc

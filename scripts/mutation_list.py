@@ -363,7 +363,7 @@ DECODING = [
         "the position is not part of the random numbers' key",
         "tests/engine/test_sampler.py::test_draws_at_other_positions_differ",
         "engine/sampler.py",
-        "[seq.num_tokens for seq in seqs],",
+        "[len(seq.token_ids) for seq in seqs],",
         "[0 for seq in seqs],",
     ),
     _mutation(

@@ -181,7 +181,7 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
         (["-p", "x", "--top-p", "1.5"], "top_p is 1.5"),
         (["-p", "x", "--page-size", "5000"], "page_bytes is 5000.*4096"),
         (["-p", "x", "--layers-per-group", "9"], "layers_per_group is 9.*4"),
-        (["-p", "x", "--kv-cache-memory-bytes", "65536"], "holds 1 pages of 65536 bytes"),
+        (["-p", "x", "--kv-cache-memory-bytes", "65536"], "holds 4 pages of 16384 bytes"),
         (["-p", "x", "--device", "tpu"], "device is 'tpu'.*cuda:N"),
         (["-p", "x", "--device", "cuda:4095"], "device is 'cuda:4095'.*GPU"),
         (["-p", "x", "--device", "cpu", "--dtype", "float16"], "dtype is 'float16'.*bfloat16"),

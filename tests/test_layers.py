@@ -24,6 +24,8 @@ ROOMS = {
         "csrc/bindings_attention.h",
         "csrc/bindings_decoder.cpp",
         "csrc/bindings_decoder.h",
+        "csrc/bindings_draw.cpp",
+        "csrc/bindings_draw.h",
         "csrc/bindings_linear.cpp",
         "csrc/bindings_linear.h",
     },
@@ -54,6 +56,7 @@ CORE_IMPORTERS = {
     "vmalloc/kernel_info.py",
     "vmalloc/kernels/cpu.py",
     "vmalloc/kernels/decoder_cpu.py",
+    "vmalloc/kernels/draw_cpu.py",
 }
 
 

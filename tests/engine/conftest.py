@@ -235,8 +235,10 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEng
             "batch_invariant": True,
             "max_num_seqs": 16,
         }
-        config = EngineConfig(**{**defaults, **settings})
-        engines.append(LLMEngine(copy.deepcopy(_model(name)), None, config))
+        model = copy.deepcopy(_model(name))
+        # One row for all layers: the pools of these tests are counted in its pages.
+        defaults["layers_per_group"] = model.config.get_text_config().num_hidden_layers
+        engines.append(LLMEngine(model, None, EngineConfig(**{**defaults, **settings})))
         return engines[-1]
 
     yield make

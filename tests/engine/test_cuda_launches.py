@@ -104,7 +104,7 @@ def test_kernels_that_run_late_find_their_rows(
         assert late.pending() == 0
         assert_no_page_is_lost(engine)
     monkeypatch.undo()
-    with make(tiny_model, kv_driver="host", page_size=4096) as engine:
+    with make(tiny_model, kv_driver="host", page_size=4096, layers_per_group=4) as engine:
         assert serve(engine)[0] == written
 
 

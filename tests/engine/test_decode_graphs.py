@@ -66,9 +66,10 @@ def make(request: pytest.FixtureRequest, tiny_model: Any) -> Iterator[Callable[.
     engines: list[LLMEngine] = []
 
     def make(recorder: Any = None, name: str = "llama", **settings: Any) -> LLMEngine:
-        defaults = {"kv_backend": request.param, "page_size": PAGE, "max_num_seqs": 8}
-        config = EngineConfig(**{**defaults, "fused": "off", **settings})
         model = copy.deepcopy(tiny_model(name))
+        defaults = {"kv_backend": request.param, "page_size": PAGE, "max_num_seqs": 8}
+        defaults["layers_per_group"] = model.config.num_hidden_layers  # pools count its pages
+        config = EngineConfig(**{**defaults, "fused": "off", **settings})
         engines.append(LLMEngine(model, None, config, recorder=recorder))
         return engines[-1]
 

@@ -317,7 +317,7 @@ def test_the_engine_sees_only_the_librarys_public_modules() -> None:
         "memory_table",
         "page_map",
     }
-    kernels = ("buckets", "cpu", "decoder_cpu", "decoder_spec", "select")
+    kernels = ("buckets", "cpu", "decoder_cpu", "decoder_spec", "draw_cpu", "select")
     allowed |= {f"kernels.{name}" for name in kernels}
     allowed |= {f"measuring.{name}" for name in ("figures", "lengths", "provenance")}
     for path in sorted((ROOT / "engine").rglob("*.py")):

@@ -115,7 +115,8 @@ def test_the_cap_is_certain_unless_it_depends_on_free_memory() -> None:
     assert (asked.is_cap_exact, asked.cap_reason) == (True, "asked for")
     most = plan_memory("demo", EngineConfig(max_num_seqs=1, max_model_len=64))
     assert most.is_cap_exact
-    assert most.cap_bytes == (64 * 4096 + 2 * 65536) // 65536 * 65536
+    # Four layers with rows of a KiB each, in pages of 16 KiB.
+    assert most.cap_bytes == (64 * 4096 + 4 * 2 * 65536) // 16384 * 16384
     assert most.cap_reason.startswith("full length for 1 sequences")
     # More than any machine has: what is free decides, and the plan says that it may change.
     free = plan_memory("demo", EngineConfig(max_num_seqs=10**6, max_num_batched_tokens=10**6))
@@ -183,7 +184,7 @@ def test_the_counting_twin_of_a_gpus_cache_counts_as_the_real_one(
         ("demo", {"max_model_len": 4096}, "max_model_len is 4096.*2048"),
         ("demo", {"page_size": 5000}, "5000.*4096"),
         ("demo", {"layers_per_group": 9}, "layers_per_group is 9.*4"),
-        ("demo", {"kv_cache_memory_bytes": 65536}, "holds 1 pages"),
+        ("demo", {"kv_cache_memory_bytes": 65536}, "holds 4 pages"),
         ("demo", {"dtype": "float16", "device": "cpu"}, "float16.*bfloat16"),
         ("demo", {"device": "cuda:4095"}, "cuda:4095.*GPU"),
         ("demo", {"kv_driver": "null"}, "kv_driver is 'null'"),
