@@ -81,6 +81,9 @@ bench: build
 	$(BIN)/python benchmarks/waste.py
 	$(BIN)/python benchmarks/preemption.py
 	$(BIN)/python benchmarks/hf_cache.py
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/layout.py
+	$(BIN)/python benchmarks/step.py
 
 # All figures of the docs again, from the committed results: measures nothing.
 bench-docs: build
@@ -89,7 +92,8 @@ bench-docs: build
 # Other engines on the same work, an environment each below .peers: an hour on a quiet machine.
 # PEERS_ARGS=--build-llama-cpp builds llama.cpp's server first, a quarter hour more.
 bench-peers: build
-	$(BIN)/python benchmarks/peers.py --json benchmarks/results/peers.json --figure docs/figures/peers.svg $(PEERS_ARGS)
+	$(BIN)/python benchmarks/peers.py --shapes tiny --json benchmarks/results/peers-tiny.json --figure docs/figures/peers-tiny.svg $(PEERS_ARGS)
+	$(BIN)/python benchmarks/peers.py --shapes small --json benchmarks/results/peers-small.json --figure docs/figures/peers-small.svg $(PEERS_ARGS)
 
 # For a machine with a GPU and its own Python, torch and compilers: sets up no .venv, takes nothing from
 # the network. GPU_ARGS=--dry-run checks it without a GPU.

@@ -58,7 +58,7 @@ def draw_ab(file: Path, folder: Path) -> None:
 def draw_peers(file: Path, folder: Path) -> None:
     from contest.report import draw_figure
 
-    draw_figure(_read(file)["rows"], folder / "peers.svg")
+    draw_figure(_read(file)["rows"], folder / f"{file.stem}.svg")
 
 
 def draw_simulate(file: Path, folder: Path) -> None:
@@ -81,7 +81,7 @@ DRAWN: dict[str, Callable[[Path, Path], None]] = {
     "sharing.json": draw_sharing,
     "waste.json": draw_waste,
     "ab.json": draw_ab,
-    "peers.json": draw_peers,
+    "peers*.json": draw_peers,
     "simulate*.json": draw_simulate,
     "gpu_results.json": draw_gpu,
 }

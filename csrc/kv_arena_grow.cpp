@@ -386,11 +386,11 @@ void KVArena::commit_ahead(std::uint32_t slot) {
   const std::size_t num_pages = plan(slot, target, &growths);
   if (num_pages == 0) return;
   recycle(num_pages);
-  // Never below the watermark, and never at a live slot's cost: commit-ahead is a luxury.
+  // Never at a live slot's cost: commit-ahead is a luxury. What is below the watermark is there for
+  // live slots to grow, so they may have it ahead of need; a slot that is warmed may not.
+  const std::size_t reserve = entry.state == SlotState::kLive ? 0 : config_.low_pages;
   const std::size_t available = pool_.available();
-  if (available < num_pages || available + idle_.num_pages() < num_pages + config_.low_pages) {
-    return;
-  }
+  if (available < num_pages || available + idle_.num_pages() < num_pages + reserve) return;
   entry.in_flight = true;
   lock.unlock();
   std::exception_ptr failure;

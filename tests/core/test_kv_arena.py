@@ -367,11 +367,25 @@ class TestWatermarks:
         assert arena.can_admit(1, 64)
         assert admit(arena, 64) is not None
 
-    def test_commit_ahead_never_goes_below_low(self):
+    def test_what_lives_commits_ahead_from_below_low(self):
         arena = make_arena(max_pages=4, low_pages=3, ahead_rows=8)
         admit(arena, 8)
         arena.wait_worker()
+        assert pages(arena)[:2] == (1, 1)  # that is what the pages were kept for
+        assert not arena.can_admit(1, 8)
+
+    def test_nothing_is_warmed_from_below_low(self):
+        arena = make_arena(max_pages=4, low_pages=3, ahead_rows=1)
+        admit(arena, 7)
+        arena.prefetch(8)
+        arena.wait_worker()
         assert pages(arena) == (1, 0, 0, 0, 0)
+
+    def test_commit_ahead_takes_no_page_that_is_not_there(self):
+        arena = make_arena(max_pages=2, low_pages=2, ahead_rows=8)
+        admit(arena, 16)
+        arena.wait_worker()
+        assert pages(arena) == (2, 0, 0, 0, 0)
 
     def test_pages_above_high_go_back_to_the_system_longest_parked_first(self):
         arena = make_arena(max_pages=16, high_pages=3)
