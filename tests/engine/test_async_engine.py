@@ -429,11 +429,17 @@ class TestFaults:
         async def work() -> None:
             async with running(max_num_seqs=2) as engine:
                 steps = iter(range(10_000))
-                await self.inject(engine, lambda seqs: 5 <= next(steps) < 5 + MAX_FAILED_STEPS)
-                streams = [
-                    await engine.submit(str(idx), [request(prompt)])
-                    for idx, prompt in enumerate(PROMPTS)
-                ]
+                # Steps of two sequences count: a fast engine has the first one alone for some.
+                await self.inject(
+                    engine,
+                    lambda seqs: len(seqs) == 2 and 1 <= next(steps) < 1 + MAX_FAILED_STEPS,
+                )
+                streams = await asyncio.gather(
+                    *(
+                        engine.submit(str(idx), [request(prompt)])
+                        for idx, prompt in enumerate(PROMPTS)
+                    )
+                )
                 results = await asyncio.gather(*map(read, streams), return_exceptions=True)
                 for failed in results[:2]:
                     assert isinstance(failed, EngineUnavailableError)

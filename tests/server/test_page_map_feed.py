@@ -138,9 +138,9 @@ def test_watchers_share_one_computation_and_it_ends_with_the_last() -> None:
             await generate(engine, "unseen", 200)
             assert feed.num_looks == num_looks
             async with feed.watch() as again:  # and it starts anew
-                frame = await anext(again)
-                assert isinstance(frame, PageMapFrame)
-                assert frame.totals.generated_tokens == 200
+                # The first may be one that was made just before: it is younger than a period.
+                while (frame := await anext(again)).totals.generated_tokens != 200:
+                    assert isinstance(frame, PageMapFrame)
 
     run(test)
 
