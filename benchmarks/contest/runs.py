@@ -85,7 +85,7 @@ def environment_of(peer: Peer, threads: int) -> dict[str, str]:
     """The variables of a peer's process.
 
     How OpenMP's threads wait is each engine's own choice: ours never spin, and what this process
-    set for them slows the others (llama.cpp to a third).
+    set for them slows the others (llama.cpp to a fifth).
     """
     inherited = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
     environment = {
