@@ -27,15 +27,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from contest import environments
+from contest.offline import open_llm, serve
 from contest.plan import Plan, make_job
 from contest.runs import Limits
 from contest.shapes import HEAD_DIM, SHAPES, Shape
-from contest.workers.measured import Job, Request
+from contest.workers.measured import Job
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vmalloc.engine import LLM, SamplingParams
 from vmalloc.measuring.provenance import provenance, spread, write_json
 
 WORKLOADS = ("offline", "prefix")
@@ -68,29 +68,22 @@ class Contender:
     """An engine under one setting, and what its runs gave."""
 
     def __init__(self, dial: Dial, job: Job) -> None:
-        self._llm = LLM(
-            job.model,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            kv_cache_memory_bytes=job.kv_bytes,
-            max_model_len=job.max_model_len,
-            max_num_seqs=job.max_num_seqs,
-            max_num_batched_tokens=job.max_batched_tokens,
-            page_size=dial.page_bytes,
-            layers_per_group=dial.layers_per_group,
-            seed=job.seed,
-        )
+        self._llm = open_llm(job, page_size=dial.page_bytes, layers_per_group=dial.layers_per_group)
         config = self._llm.config
         self.dial = Dial(config.layers_per_group, config.page_size)
         self.is_default = dial == Dial()
         self.runs: dict[str, list[dict[str, float]]] = {}
 
-    def serve(self, workload: str, job: Job) -> None:
+    def warm_up(self, job: Job) -> None:
+        """A few requests that are not measured."""
+        serve(self._llm, job, job.warm_up)
+
+    def measure(self, workload: str, job: Job) -> None:
         """One measured run from a cold prefix cache."""
         engine = self._llm.engine
         engine.flush_prefix_cache()
         before, started, cpu = self._llm.kv_stats(), time.perf_counter(), time.process_time()
-        tokens = self.generate(job.requests)
+        tokens = serve(self._llm, job, job.requests)
         run = {
             "tokens_per_s": tokens / (time.perf_counter() - started),
             "tokens_per_cpu_s": tokens / (time.process_time() - cpu),
@@ -99,17 +92,6 @@ class Contender:
         committed = after.committed_byte_steps - before.committed_byte_steps
         live = after.live_byte_steps - before.live_byte_steps
         self.runs.setdefault(workload, []).append({**run, "committed_per_live": committed / live})
-
-    def generate(self, requests: list[Request]) -> int:
-        """Serve requests; the tokens they gave."""
-        params = [
-            SamplingParams(
-                temperature=0.0, max_tokens=one.max_tokens, ignore_eos=True, detokenize=False
-            )
-            for one in requests
-        ]
-        outputs = self._llm.generate([one.prompt for one in requests], params, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def summary(self) -> dict[str, Any]:
         """Medians with their range, by workload."""
@@ -131,12 +113,12 @@ def measure(shape: Shape, plan: Plan, num_runs: int, progress: Progress) -> list
     total = len(contenders) * len(WORKLOADS) * num_runs
     task = progress.add_task(shape.name, total=total)
     for contender in contenders:
-        contender.generate(jobs["offline"].warm_up)
+        contender.warm_up(jobs["offline"])
     for idx in range(num_runs):
         order = contenders if idx % 2 == 0 else contenders[::-1]
         for workload, job in jobs.items():
             for contender in order:
-                contender.serve(workload, job)
+                contender.measure(workload, job)
                 progress.advance(task)
     return [{"shape": shape.name, **contender.summary()} for contender in contenders]
 

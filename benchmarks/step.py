@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from contest import environments
+from contest.offline import open_llm, serve
 from contest.plan import WORKLOADS, Plan, make_job
 from contest.runs import Limits
 from contest.shapes import SHAPES
@@ -37,7 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vmalloc import _core
-from vmalloc.engine import LLM, SamplingParams, generation, llm_engine
+from vmalloc.engine import generation, llm_engine
 from vmalloc.engine.fused.forward import FusedForward
 from vmalloc.measuring.provenance import provenance, spread, write_json
 
@@ -93,19 +94,8 @@ class Profiler:
 
     def __init__(self, job: Job, kv_backend: str) -> None:
         self._job = job
-        self._llm = LLM(
-            job.model,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            kv_backend=kv_backend,
-            kv_cache_memory_bytes=job.kv_bytes,
-            max_model_len=job.max_model_len,
-            max_num_seqs=job.max_num_seqs,
-            max_num_batched_tokens=job.max_batched_tokens,
-            fused="on",
-            seed=job.seed,
-        )
-        self._serve(job.warm_up)
+        self._llm = open_llm(job, kv_backend=kv_backend, fused="on")
+        serve(self._llm, job, job.warm_up)
         engine, clocked = self._llm.engine, Clocked()
         self.forward_name = engine.forward_name
         forward = engine._runner._forward
@@ -128,7 +118,7 @@ class Profiler:
         self._llm.engine.flush_prefix_cache()
         self.clocked.clear()
         started, cpu = time.perf_counter(), time.process_time()
-        tokens = self._serve(self._job.requests)
+        tokens = serve(self._llm, self._job, self._job.requests)
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
         s = dict(self.clocked.seconds)
         parts = {
@@ -150,21 +140,6 @@ class Profiler:
             "num_steps": self.clocked.num_calls["step"],
             "parts_s": parts,
         }
-
-    def _serve(self, requests: list[Any]) -> int:
-        params = [
-            SamplingParams(
-                n=one.n,
-                temperature=0.0 if self._job.is_greedy else 1.0,
-                seed=None if self._job.is_greedy else one.seed,
-                max_tokens=one.max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for one in requests
-        ]
-        outputs = self._llm.generate([one.prompt for one in requests], params, use_tqdm=False)
-        return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
 
 def floors(profiler: Profiler) -> dict[str, float]:
