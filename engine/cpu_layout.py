@@ -1,7 +1,7 @@
 """How KV rows and pages are cut on the CPU, where nobody said.
 
-The attention kernels read one layer at a time, so they are fastest where a layer's rows follow each
-other; a page should not hold many more tokens than a block, or short sequences waste what they do
+The attention kernels read one layer at a time, so a layer's rows that follow each other suit them
+(by a few percent, or not at all); a page should not hold many more tokens than a block, or short sequences waste what they do
 not fill; and Linux maps no more than 65,530 stretches of pages for a process. docs/benchmarks.md
 has the table of step times, waste and sharing by both dials ("The layout on the CPU").
 Owns: nothing.  Thread-safety: pure functions.
@@ -18,7 +18,7 @@ PAGE_TOKENS = 16
 """Tokens that a page is to hold, as a block of the paged backend does."""
 
 MIN_PAGE_BYTES = 16 * 1024
-"""Below it, mapping takes longer than filling."""
+"""Smaller ones would be mapped the more often; not measured."""
 
 MAX_PAGES = 1 << 15
 """Half of the mappings that a process may have, so that a full pool stays below the limit."""
