@@ -1,9 +1,10 @@
 """How KV rows and pages are cut on the CPU, where nobody said.
 
 The attention kernels read one layer at a time, so a layer's rows that follow each other suit them
-(by a few percent, or not at all); a page should not hold many more tokens than a block, or short sequences waste what they do
-not fill; and Linux maps no more than 65,530 stretches of pages for a process. docs/benchmarks.md
-has the table of step times, waste and sharing by both dials ("The layout on the CPU").
+(by a few percent, or not at all); a page should not hold many more tokens than a block, or short
+sequences waste what they do not fill; and Linux maps no more than 65,530 stretches of pages for a
+process. docs/benchmarks.md has the table of step times, waste and sharing by both dials ("The
+layout on the CPU").
 Owns: nothing.  Thread-safety: pure functions.
 """
 
