@@ -25,6 +25,12 @@ MAX_INT = 2**63 - 1
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 """Tokens a step computes at most: enough to feed the CPU's matrix units, short enough to stream."""
 
+DEFAULT_RANK_TIMEOUT_S = 60.0
+"""Longer than any step takes, and shorter than anybody waits for an answer."""
+
+MAX_PORT = 65_535
+MAX_RANK_TIMEOUT_S = 86_400.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -76,6 +82,12 @@ class EngineConfig:
         batch_invariant: make logits bitwise independent of batch mates, at some cost for small
             batches.
         max_logprobs: most logprobs a request may ask for at one position.
+        tensor_parallel_size: processes, one per device, that each compute a share of the heads of
+            every layer and hold the K and V of these; the other settings are each rank's.
+        tensor_parallel_port: TCP port on the loopback interface where the ranks meet. None: any
+            that is free.
+        tensor_parallel_timeout_s: seconds that a rank may be behind the others before it counts
+            as lost.
     """
 
     device: str = "auto"
@@ -103,6 +115,9 @@ class EngineConfig:
     seed: int = 0
     batch_invariant: bool = False
     max_logprobs: int = 20
+    tensor_parallel_size: int = 1
+    tensor_parallel_port: int | None = None
+    tensor_parallel_timeout_s: float = DEFAULT_RANK_TIMEOUT_S
 
     def __post_init__(self) -> None:
         _check_device(self.device)
@@ -121,11 +136,23 @@ class EngineConfig:
             "block_size",
             "page_size",
             "layers_per_group",
+            "tensor_parallel_size",
+            "tensor_parallel_port",
         ):
             _check_int(name, getattr(self, name), 1)
         for name in ("swap_space_bytes", "commit_ahead_tokens", "seed", "max_logprobs"):
             _check_int(name, getattr(self, name), 0)
         _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
+        if self.tensor_parallel_port is not None and self.tensor_parallel_port > MAX_PORT:
+            raise ConfigError(
+                f"tensor_parallel_port is {self.tensor_parallel_port}; it must be at most "
+                f"{MAX_PORT}"
+            )
+        if not 0.0 < self.tensor_parallel_timeout_s <= MAX_RANK_TIMEOUT_S:
+            raise ConfigError(
+                f"tensor_parallel_timeout_s is {self.tensor_parallel_timeout_s}; it must be above "
+                f"0 and at most {MAX_RANK_TIMEOUT_S:g}"
+            )
         _check_graph_sizes(self.cuda_graph_sizes, self.max_num_seqs)
         if (
             self.max_num_batched_tokens is not None
