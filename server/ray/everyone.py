@@ -1,0 +1,143 @@
+"""Requests that are for all replicas: how they are, what they count, what they are told.
+
+Owns: nothing.  Thread-safety: none; one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from starlette.datastructures import Headers as HeaderReader
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from .. import sse
+from ..errors import ApiError
+from ..metrics_routes import CONTENT_TYPE
+from .messages import ReplicaRequest, Reply
+from .metrics_merge import merge_metrics
+from .page_map_merge import merge_frames
+
+ASK_SECONDS = 10.0
+"""Longest wait for the answers of all."""
+
+FRAME_SECONDS = 0.5
+"""Between two page maps for whoever watches."""
+
+
+class Everyone:
+    """All replicas, asked at once.
+
+    Args:
+        handle: Serve's handle of ``Replica``.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def answer(self, request: ReplicaRequest) -> Response | None:
+        """The answer to a request that concerns all of them; None for one that concerns one."""
+        path, is_read = request.path, request.method in ("GET", "HEAD")
+        if path in ("/health", "/ready") and is_read:
+            return await self._health(request)
+        if path == "/metrics" and is_read:
+            return await self._metrics(request)
+        if path in ("/page-map", "/page-map/events") and is_read:
+            return await self._page_map(request)
+        if path == "/abort" or path.startswith("/admin/"):
+            return await self._told(request)
+        return None
+
+    async def ask(self, request: ReplicaRequest) -> list[Reply]:
+        """The answers of all that live. Raises ``ApiError`` where there are none."""
+        response = self._handle.broadcast("answer_whole", request)
+        try:
+            results = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise ApiError(
+                503,
+                f"a replica did not answer within {ASK_SECONDS:g} seconds",
+                code="replica_stuck",
+            ) from error
+        replies = [one for one in results if isinstance(one, Reply)]
+        if not replies:
+            raise ApiError(
+                503, "no replica is there", code="no_replica", headers={"retry-after": "1"}
+            )
+        return sorted(replies, key=lambda reply: reply.replica)
+
+    async def _health(self, request: ReplicaRequest) -> Response:
+        """200 while one of them says so."""
+        try:
+            replies = await self.ask(request)
+        except ApiError as error:
+            return JSONResponse({"status": "stuck", "failure": error.message, "replicas": []}, 503)
+        states = [{"replica": reply.replica, **_json(reply)} for reply in replies]
+        status = min(reply.status for reply in replies)
+        # What a lone server says is what the best of them says.
+        best = next(_json(reply) for reply in replies if reply.status == status)
+        headers = {} if status == 200 else {"retry-after": "1"}
+        return JSONResponse({**best, "replicas": states}, status, headers)
+
+    async def _metrics(self, request: ReplicaRequest) -> Response:
+        replies = await self.ask(request)
+        pages = {reply.replica: reply.body.decode() for reply in replies}
+        return Response(merge_metrics(pages), headers={"content-type": CONTENT_TYPE})
+
+    async def _page_map(self, request: ReplicaRequest) -> Response:
+        is_watched = request.path == "/page-map/events"
+        once = replace(request, path="/page-map", method="GET")
+        replies = await self.ask(once)
+        if (refused := _refusal(replies)) is not None:
+            return refused
+        if is_watched:
+            headers = {**sse.HEADERS, "content-type": "text/event-stream"}
+            return StreamingResponse(self._frames(once), headers=headers)
+        return JSONResponse(merge_frames([_json(reply) for reply in replies]))
+
+    async def _frames(self, request: ReplicaRequest) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                replies = [one for one in await self.ask(request) if one.status == 200]
+            except ApiError as error:
+                yield sse.event({"state": "stopped", "detail": error.message}, "state")
+                return
+            if replies:
+                yield sse.event(merge_frames([_json(reply) for reply in replies]))
+            await asyncio.sleep(FRAME_SECONDS)
+
+    async def _told(self, request: ReplicaRequest) -> Response:
+        """What the first one says that does not succeed, or the first one's answer with those of
+        all. Only one of them knows a request that is to be aborted."""
+        replies = await self.ask(request)
+        if request.path == "/abort":
+            replies.sort(key=lambda reply: reply.status)
+            return _as_response(replies[0])
+        if (refused := _refusal(replies)) is not None:
+            return refused
+        answers = {reply.replica: _json(reply) for reply in replies}
+        return JSONResponse({**_json(replies[0]), "replicas": answers})
+
+
+def _refusal(replies: Sequence[Reply]) -> Response | None:
+    """The first answer that is no success."""
+    for reply in replies:
+        if reply.status >= 400:
+            return _as_response(reply)
+    return None
+
+
+def _as_response(reply: Reply) -> Response:
+    given = HeaderReader(raw=list(reply.headers))
+    names = ("content-type", "retry-after", "www-authenticate", "allow", "x-should-retry")
+    headers = {name: given[name] for name in names if name in given}
+    return Response(reply.body, reply.status, headers)
+
+
+def _json(reply: Reply) -> dict[str, Any]:
+    document = json.loads(reply.body)
+    assert isinstance(document, dict)
+    return document
