@@ -17,7 +17,7 @@ __all__ = ["app", "check_ray"]
 
 def check_ray() -> None:
     """Raise ``ConfigError`` where Ray Serve is not installed."""
-    if find_spec("ray") is None or find_spec("ray.serve") is None:
+    if find_spec("ray") is None:  # of a submodule it would import the package
         raise ConfigError(
             "replicas need Ray Serve, and ray cannot be imported; pip install 'vmalloc[ray]'"
         )

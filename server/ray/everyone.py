@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.datastructures import Headers as HeaderReader
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -62,6 +63,8 @@ class Everyone:
                 f"a replica did not answer within {ASK_SECONDS:g} seconds",
                 code="replica_stuck",
             ) from error
+        except DeploymentUnavailableError:
+            results = []
         replies = [one for one in results if isinstance(one, Reply)]
         if not replies:
             raise ApiError(
@@ -74,13 +77,13 @@ class Everyone:
         try:
             replies = await self.ask(request)
         except ApiError as error:
-            return JSONResponse({"status": "stuck", "failure": error.message, "replicas": []}, 503)
+            status = "stuck" if error.code == "replica_stuck" else "starting"
+            return JSONResponse({"status": status, "failure": error.message, "replicas": []}, 503)
         states = [{"replica": reply.replica, **_json(reply)} for reply in replies]
-        status = min(reply.status for reply in replies)
-        # What a lone server says is what the best of them says.
-        best = next(_json(reply) for reply in replies if reply.status == status)
-        headers = {} if status == 200 else {"retry-after": "1"}
-        return JSONResponse({**best, "replicas": states}, status, headers)
+        # The best of them says what a lone server would.
+        best = min(replies, key=lambda reply: reply.status)
+        headers = {} if best.status == 200 else {"retry-after": "1"}
+        return JSONResponse({**_json(best), "replicas": states}, best.status, headers)
 
     async def _metrics(self, request: ReplicaRequest) -> Response:
         replies = await self.ask(request)

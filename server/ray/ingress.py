@@ -15,7 +15,6 @@ from ..auth import AuthMiddleware
 from ..body import BodyMiddleware
 from ..disconnect import ClientDisconnectedError, run_while_connected
 from ..errors import ApiError, FailureMiddleware
-from ..request_id import HEADER, RequestIdMiddleware, request_id_var
 from ..root_path import RootPathMiddleware
 from .everyone import Everyone
 from .forwarding import Forwarder
@@ -48,7 +47,6 @@ class Ingress:
         app: ASGIApp = FailureMiddleware(self._serve)
         app = BodyMiddleware(app, config)
         app = AuthMiddleware(app, config)
-        app = RequestIdMiddleware(app)
         return RootPathMiddleware(app, config.root_path)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -91,15 +89,12 @@ class Ingress:
 
     def _read(self, scope: Scope, body: bytes) -> ReplicaRequest:
         path = scope["path"].removeprefix(self._root_path)
-        # The replica's lines in the log, and the client's header, name it alike.
-        headers = [pair for pair in scope["headers"] if pair[0] != HEADER.encode()]
-        headers.append((HEADER.encode(), request_id_var.get().encode()))
         client, server = scope.get("client"), scope.get("server")
         return ReplicaRequest(
             method=scope["method"],
             path=path,
             query=scope.get("query_string", b""),
-            headers=tuple((bytes(name), bytes(value)) for name, value in headers),
+            headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
             body=body,
             scheme=scope.get("scheme", "http"),
             client=None if client is None else (client[0], client[1]),

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
+from transformers.utils.logging import disable_progress_bar
 
 from ..app import create_app
 from ..health_routes import health_of
@@ -44,6 +45,7 @@ class Replica:
         self, settings: ReplicaSettings
     ) -> None:
         setup_logs(settings.server.log_format)
+        disable_progress_bar()
         self.name: str = serve.get_replica_context().replica_id.unique_id
         self._state = make_state(
             settings.model, settings.tokenizer, settings.engine, settings.server

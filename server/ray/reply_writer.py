@@ -15,6 +15,7 @@ from starlette.datastructures import Headers as HeaderReader
 from starlette.types import Send
 
 from ..errors import ApiError
+from ..request_id import HEADER
 from ..sse import DONE, event
 from .messages import Headers, ReplyHead
 
@@ -66,9 +67,9 @@ class ReplyWriter:
         self._body.clear()
 
     def add_head(self, head: ReplyHead, replica: str) -> None:
-        """Take a head, and hold it back."""
-        label = (REPLICA_HEADER, replica.encode())
-        self._head = ReplyHead(head.status, (*head.headers, label))
+        """Take a head, and hold it back. Serve's proxy sends the request's id itself."""
+        own = tuple(pair for pair in head.headers if pair[0] != HEADER.encode())
+        self._head = ReplyHead(head.status, (*own, (REPLICA_HEADER, replica.encode())))
 
     async def add_body(self, chunk: bytes) -> None:
         """Take a part of the body: whole events, of an event stream."""
