@@ -54,7 +54,7 @@ def build_application(settings: ReplicaSettings) -> Any:
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS_NAME,
-        num_replicas=1,
+        num_replicas=settings.replicas.num_ingresses,
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=drain_s + 5.0,
         graceful_shutdown_wait_loop_s=0.2,

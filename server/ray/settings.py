@@ -46,6 +46,8 @@ class ReplicaConfig:
         upscale_delay_s, downscale_delay_s: how long load must ask for more, or for fewer.
         cpus_per_replica: cores that Ray sets aside for a replica, and threads it computes with.
         gpus_per_replica: GPUs of a replica. None: one for each rank, where the engine runs on GPUs.
+        num_ingresses: processes that take requests and route them; each knows only of what went
+            through itself.
         route_timeout_s: most seconds until a replica takes up a request; then it is refused.
     """
 
@@ -61,9 +63,11 @@ class ReplicaConfig:
     cpus_per_replica: float = 1.0
     gpus_per_replica: float | None = None
     route_timeout_s: float = 30.0
+    num_ingresses: int = 1
 
     def __post_init__(self) -> None:
         _check_number("num_replicas", self.num_replicas, 1, MAX_REPLICAS)
+        _check_number("num_ingresses", self.num_ingresses, 1, MAX_REPLICAS)
         if self.max_replicas is not None:
             _check_number("max_replicas", self.max_replicas, self.num_replicas, MAX_REPLICAS)
         if self.routing not in get_args(Routing):
