@@ -7,23 +7,7 @@ import random
 NUM_FAMILIES = 10
 NUM_REQUESTS = 200
 PREFIX_WORDS = 430
-_WORDS = [
-    "def",
-    "return",
-    "self",
-    "value",
-    "list",
-    "index",
-    "count",
-    "text",
-    "data",
-    "read",
-    "write",
-    "open",
-    "close",
-    "for",
-    "while",
-]
+_WORDS = ["def", "return", "self", "value", "index", "count", "text", "data", "open", "for"]
 
 
 def family_prompts(seed: int) -> list[tuple[int, str]]:

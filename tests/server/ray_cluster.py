@@ -1,4 +1,4 @@
-"""Applications of several replicas as their users start them: whole processes with a Ray in each."""
+"""Applications of several replicas as their users start them: processes with a Ray in each."""
 
 from __future__ import annotations
 
