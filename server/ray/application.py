@@ -23,6 +23,9 @@ UNLIMITED = 1 << 20
 
 STATS_SECONDS = 1.0
 HEALTH_SECONDS = 5.0
+HEALTH_TIMEOUT_SECONDS = 20.0
+"""A replica that is silent so long is unwell; after three times Serve kills it."""
+
 INGRESS_NAME = "ingress"
 REPLICA_NAME = "replica"
 
@@ -36,7 +39,7 @@ def build_application(settings: ReplicaSettings) -> Any:
         **_number(settings.replicas),
         max_ongoing_requests=UNLIMITED,
         health_check_period_s=HEALTH_SECONDS,
-        health_check_timeout_s=max(30.0, settings.server.health_timeout_s),
+        health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
         graceful_shutdown_timeout_s=drain_s + 5.0,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options=_resources(settings),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +31,15 @@ RETRY_SECONDS = 0.2
 
 
 class ReplicaLostError(Exception):
-    """The replica ended, or does not answer. ``replica`` is its name, if it had taken it up."""
+    """The replica ended, or does not answer.
 
-    def __init__(self, reason: str, replica: str | None) -> None:
+    Attributes:
+        replicas: names of those that it was sent to.
+    """
+
+    def __init__(self, reason: str, replicas: Iterable[str]) -> None:
         super().__init__(reason)
-        self.replica = replica
+        self.replicas = frozenset(replicas)
 
 
 class Forwarder:
@@ -52,59 +57,55 @@ class Forwarder:
     async def forward(self, request: ReplicaRequest, send: Send) -> None:
         """Send the client an answer. Cancelled, it has the replica abort."""
         writer = ReplyWriter(send, request.path)
-        for attempt in range(MAX_ATTEMPTS):
-            is_last = attempt == MAX_ATTEMPTS - 1
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            is_last = attempt == MAX_ATTEMPTS
             try:
                 replica = await self._try(request, writer)
             except ReplicaLostError as error:
-                logger.warning("replica %s is lost: %s", error.replica or "?", error)
-                if writer.has_started or is_last:
-                    await writer.fail(_lost(has_started=writer.has_started))
+                names = ", ".join(sorted(error.replicas)) or "(none)"
+                logger.warning("replica %s is lost: %s", names, error)
+                if writer.has_started or is_last or not error.replicas:
+                    await writer.fail(_lost(str(error), has_started=writer.has_started))
                     return
-                gone = set() if error.replica is None else {error.replica}
+                gone = error.replicas
             else:
                 # Who refused is not asked again: then all there are did.
                 if not writer.is_refusal or replica in request.avoid or is_last:
                     await writer.finish()
                     return
-                gone = {replica}
+                gone = frozenset({replica})
             writer.restart()
-            request = replace(request, avoid=request.avoid | gone)
+            request = replace(request, avoid=request.avoid | gone, routed=[])
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _try(self, request: ReplicaRequest, writer: ReplyWriter) -> str:
         """One attempt; the name of who answered. Raises ``ReplicaLostError``."""
-        replica: str | None = None
         parts = self._answer.remote(request)
         try:
             accepted = await asyncio.wait_for(anext(parts), self._route_timeout_s)
             assert isinstance(accepted, Accepted)
-            replica = accepted.replica
             async for part in parts:
                 if isinstance(part, ReplyHead):
-                    writer.add_head(part, replica)
+                    writer.add_head(part, accepted.replica)
                 else:
                     await writer.add_body(part)
         except (TimeoutError, asyncio.TimeoutError) as error:
-            reason = f"no replica took it up within {self._route_timeout_s:g} s"
-            raise ReplicaLostError(reason, replica) from error
+            reason = f"no replica took the request up within {self._route_timeout_s:g} s"
+            raise ReplicaLostError(reason, request.routed) from error
         except (RayError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
             if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
                 raise  # it lives, and has a bug
-            raise ReplicaLostError(type(error).__name__, replica) from error
+            raise ReplicaLostError(f"it ended ({type(error).__name__})", request.routed) from error
         finally:
             parts.cancel()
-        return replica
+        return accepted.replica
 
 
-def _lost(*, has_started: bool) -> ApiError:
+def _lost(reason: str, *, has_started: bool) -> ApiError:
     if has_started:
         return ApiError(
             503, "the replica that wrote this answer ended before it did", code="replica_lost"
         )
     return ApiError(
-        503,
-        f"no replica answers; {MAX_ATTEMPTS} attempts were made",
-        code="no_replica",
-        headers={"retry-after": "1"},
+        503, f"no replica answers: {reason}", code="no_replica", headers={"retry-after": "1"}
     )

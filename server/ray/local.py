@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,6 +25,7 @@ from ...engine.memory_plan import plan_memory
 from ..config import ServerConfig
 from ..logs import setup_logs
 from ..run import EXIT_FAILED, EXIT_OK, listen
+from ..template_source import load_template
 from .settings import ReplicaSettings
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,10 @@ def serve_replicas(settings: ReplicaSettings) -> int:
         raise ConfigError(f"uds is {server.uds!r}; replicas listen on host and port only")
     setup_logs(server.log_format)
     port = _free_port(server)
-    plan_memory(settings.model, settings.engine)  # refuses what no replica could load
+    # What no replica could load is refused here, in a second.
+    plan_memory(settings.model, settings.engine)
+    if server.chat_template is not None:
+        load_template(server.chat_template)
     signals = _Signals()
     signals.catch()
     try:
@@ -154,7 +159,7 @@ def _local_ray(settings: ReplicaSettings, signals: _Signals) -> Iterator[None]:
 
 
 def _start(settings: ReplicaSettings, port: int) -> None:
-    """Serve, and the application in it. Raises ``ConfigError`` where no replica starts."""
+    """Serve, and the application in it. Raises ``VmallocError`` where no replica starts."""
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
@@ -176,7 +181,18 @@ def _start(settings: ReplicaSettings, port: int) -> None:
     try:
         serve.run(build_application(settings), name=APP_NAME, logging_config=quiet)
     except RuntimeError as error:
-        raise ConfigError(f"the replicas did not start: {error}") from error
+        raise VmallocError(f"the replicas did not start: {_reason() or error}") from error
+
+
+def _reason() -> str:
+    """The last line of what kept a replica from starting."""
+    from ray import serve
+
+    application = serve.status().applications[APP_NAME]
+    texts = [deployment.message for deployment in application.deployments.values()]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*Error: ", line)]
+    return errors[-1].partition(": ")[2] if errors else ""
 
 
 def _wait(signals: _Signals) -> bool:

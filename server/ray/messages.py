@@ -5,7 +5,7 @@ Owns: nothing.  Thread-safety: plain values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -17,6 +17,8 @@ class ReplicaRequest:
     Attributes:
         keys: of its prompt's beginnings, see ``prefix_keys``.
         avoid: names of replicas that it should not go to, as they refused or lost it.
+        routed: names of those that the router chose for it: the router, in the process of whoever
+            sends it, adds them here.
     """
 
     method: str
@@ -29,6 +31,7 @@ class ReplicaRequest:
     server: tuple[str, int | None] | None
     keys: tuple[bytes, ...] = ()
     avoid: frozenset[str] = frozenset()
+    routed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # of a library without
         loads = {name: self._load(by_name[name]) for name in names}
         chosen = self._placement.choose(loads, {name: matched.get(name, 0) for name in names})
         self._owners.add(keys, chosen)
+        if isinstance(request, ReplicaRequest):
+            request.routed.append(chosen)
         others = [one for name, one in by_name.items() if name != chosen and name in names]
         return [[by_name[chosen]], others]
 

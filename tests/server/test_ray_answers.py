@@ -233,7 +233,7 @@ def test_page_maps_stand_side_by_side(make_frame: Callable[..., dict[str, Any]])
 def make_frame() -> Callable[..., dict[str, Any]]:
     def make(slot_idx: int, committed: int) -> dict[str, Any]:
         counts = {"num_slots": 8, "shared_refs": 1, "held_pages": 2, "cached_pages": 3}
-        page_map = {"page_bytes": 4096, "is_asleep": False, **counts}
+        page_map: dict[str, Any] = {"page_bytes": 4096, "is_asleep": False, **counts}
         slots = [{"slot_idx": slot_idx, "runs": []}]
         totals = {"committed_bytes": committed, "tokens_per_s": 1.5}
         page_map["slots"] = slots
