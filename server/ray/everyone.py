@@ -22,8 +22,8 @@ from .messages import ReplicaRequest, Reply
 from .metrics_merge import merge_metrics
 from .page_map_merge import merge_frames
 
-ASK_SECONDS = 10.0
-"""Longest wait for the answers of all."""
+ASK_SECONDS = 3.0
+"""Longest wait for the answer of each; probes of orchestrators are not patient."""
 
 FRAME_SECONDS = 0.5
 """Between two page maps for whoever watches."""
@@ -53,22 +53,23 @@ class Everyone:
         return None
 
     async def ask(self, request: ReplicaRequest) -> list[Reply]:
-        """The answers of all that live. Raises ``ApiError`` where there are none."""
-        response = self._handle.broadcast("answer_whole", request)
+        """The answers of all that answer in time. Raises ``ApiError`` where there are none."""
         try:
-            results = await response.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            raise ApiError(
-                503,
-                f"a replica did not answer within {ASK_SECONDS:g} seconds",
-                code="replica_stuck",
-            ) from error
+            # Serve's own way to wait loses all answers when one is late.
+            results = await self._handle.broadcast(
+                "answer_whole", request
+            )._fetch_replica_results_async()
         except DeploymentUnavailableError:
             results = []
-        replies = [one for one in results if isinstance(one, Reply)]
+        waits = [asyncio.wait_for(result.get_async(), ASK_SECONDS) for result in results]
+        answers = await asyncio.gather(*waits, return_exceptions=True)
+        replies = [one for one in answers if isinstance(one, Reply)]
         if not replies:
             raise ApiError(
-                503, "no replica is there", code="no_replica", headers={"retry-after": "1"}
+                503,
+                f"none of {len(results)} replicas answered within {ASK_SECONDS:g} seconds",
+                code="no_replica",
+                headers={"retry-after": "1"},
             )
         return sorted(replies, key=lambda reply: reply.replica)
 
@@ -77,8 +78,8 @@ class Everyone:
         try:
             replies = await self.ask(request)
         except ApiError as error:
-            status = "stuck" if error.code == "replica_stuck" else "starting"
-            return JSONResponse({"status": status, "failure": error.message, "replicas": []}, 503)
+            nobody = {"status": "starting", "failure": error.message, "replicas": []}
+            return JSONResponse(nobody, 503, error.headers)
         states = [{"replica": reply.replica, **_json(reply)} for reply in replies]
         # The best of them says what a lone server would.
         best = min(replies, key=lambda reply: reply.status)

@@ -137,6 +137,18 @@ def test_a_client_that_leaves_ends_its_request(replicas: ReplicasProcess) -> Non
     wait_until(lambda: replicas.metric("vmalloc_live_requests") == 0, "it is aborted")
 
 
+def test_the_whole_is_well_while_one_of_them_answers(replicas: ReplicasProcess) -> None:
+    names = replicas.replicas()
+    silent = replicas.pid_of(names[0])
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        health = replicas.http.get("/health")
+        assert health.status_code == 200
+        assert [one["replica"] for one in health.json()["replicas"]] == names[1:]
+    finally:
+        os.kill(silent, signal.SIGCONT)
+
+
 def test_a_killed_replica_loses_only_what_had_started(replicas: ReplicasProcess) -> None:
     """Four streams fill a replica, more requests wait there, others run on the second one."""
     family = "def family(self, value):\n    return value\n" * 8
