@@ -6,7 +6,7 @@ import random
 
 NUM_FAMILIES = 10
 NUM_REQUESTS = 200
-PREFIX_WORDS = 430
+PREFIX_WORDS = 470
 _WORDS = ["def", "return", "self", "value", "index", "count", "text", "data", "open", "for"]
 
 
