@@ -1,0 +1,1 @@
+"""One model over several processes, a share of its heads in each."""
