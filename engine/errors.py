@@ -99,3 +99,7 @@ class RankMismatchError(ConfigError):
     def __init__(self, fact: str, text: str) -> None:
         self.fact = fact
         super().__init__(text)
+
+
+class PlanVoidError(VmallocError):
+    """A rank could not carry a plan out: no rank computes the step, and all start over."""

@@ -5,8 +5,9 @@ Owns: nothing.  Thread-safety: none; one engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
 from collections.abc import Sequence as SequenceABC
+from collections.abc import Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .packed_batch import PackedBatch, pack
 from .packed_forward import ForwardPass
 from .sequence import Sequence
 from .transfer import to_device
+
+if TYPE_CHECKING:
+    from .tensor_parallel.leader import RankLeader
 
 INVARIANT_ROW_MULTIPLE = 8
 INVARIANT_MIN_ROWS = 16
@@ -36,7 +40,9 @@ class ModelRunner:
         pads_rows: pad rows so that the logits of torch's products do not depend on batch mates,
             bit for bit.
         decodes: what batches of decodes go through, as far as it takes them; None: nothing.
-        lead: told of every batch before it is computed, so that other ranks compute it too.
+
+    Attributes:
+        leader: has every other rank compute what is computed here; None: there is none.
     """
 
     def __init__(
@@ -47,13 +53,12 @@ class ModelRunner:
         *,
         pads_rows: bool = False,
         decodes: DecodeGraphs | None = None,
-        lead: Callable[[PackedBatch], None] | None = None,
     ) -> None:
         self._forward = forward
         self._backend = backend
         self._device = device
         self._pads_rows = pads_rows
-        self._lead = lead
+        self.leader: RankLeader | None = None
         self.decodes = decodes
         if device.type == "cpu":
             # One knob for the CPU: torch's, which OMP_NUM_THREADS and torch.set_num_threads turn.
@@ -80,9 +85,11 @@ class ModelRunner:
         if the model attended elsewhere than in the cache.
         """
         batch = pack(seqs, num_new_tokens, all_rows)
-        if self._lead is not None:
-            self._lead(batch)
-        return self.compute(batch)
+        if self.leader is None:
+            return self.compute(batch)
+        self.leader.lead(batch)
+        with self.leader.computing():
+            return self.compute(batch)
 
     def compute(self, batch: PackedBatch) -> Tensor:
         """Compute a packed batch; float32 logits of ``batch.rows``, as from ``forward``."""
