@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ..errors import RankLostError
 from .rank_channel import RankChannel
 from .rank_environment import LOOPBACK_ADDRESS, rank_environment
 
@@ -128,6 +129,13 @@ def read_report(store: Store, rank: int) -> RankReport | None:
         return None
     kind, text = json.loads(store.get(key))
     return RankReport(str(kind), str(text))
+
+
+def is_consequence(said: RankReport) -> bool:
+    """Whether a rank ended because it lost another."""
+    return said.kind == RankLostError.__name__ or any(
+        sign in said.text for sign in ("Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: float) -> RankChannel:
