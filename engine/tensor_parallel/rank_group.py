@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import time
+import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,7 @@ class RankGroup:
         except BaseException as error:
             is_lost = isinstance(error, (RuntimeError, RankLostError))
             explained = self.explain(error) if is_lost else None
+            traceback.clear_frames(error.__traceback__)
             self.close(0.0)
             if explained is not None and explained is not error:
                 raise explained from None
@@ -131,7 +133,12 @@ class RankGroup:
             raise self._lost(ends)
 
     def explain(self, error: BaseException) -> RankLostError:
-        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out."""
+        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out.
+
+        Empties the frames that the error came through: as long as somebody keeps it, they would
+        keep the process groups' sockets open.
+        """
+        traceback.clear_frames(error.__traceback__)
         if self._processes is None:
             return _as_lost(error)
         is_late = isinstance(error, RankLostError) and "behind" in error.reason

@@ -139,7 +139,7 @@ def is_consequence(said: RankReport) -> bool:
 
 
 def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: float) -> RankChannel:
-    """Make both process groups with the other ranks, which do the same now."""
+    """Make both process groups with the other ranks, which do the same now; all have, then."""
     where = rank_device(rank, device)
     timeout = timedelta(seconds=timeout_s)
     if where.type == "cuda":
@@ -154,7 +154,9 @@ def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: fl
             device_id=where if where.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-    return RankChannel(control, device=where, timeout_s=timeout_s)
+    channel = RankChannel(control, device=where, timeout_s=timeout_s)
+    channel.least(())  # some may still be connecting to each other
+    return channel
 
 
 def abort_device_groups() -> None:

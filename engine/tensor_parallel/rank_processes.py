@@ -42,6 +42,7 @@ _BOOT = f"""
 import json, os, sys
 os.dup2(2, 1)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+sys.stdout.reconfigure(line_buffering=True)
 sys.path[:] = json.loads(os.environ.pop("VMALLOC_RANK_PATH"))
 from {__package__}.rank_main import run
 run()

@@ -81,7 +81,7 @@ def footprint() -> dict[str, Any]:
         "files": len(open_files()),
         "shared memory": sorted(os.listdir("/dev/shm")),
         "log folders": sorted(Path(tempfile.gettempdir()).glob("torchelastic_*")),
-        "environment": dict(os.environ),
+        "environment": sorted(one for one in os.environ.items() if "PYTEST" not in one[0]),
         "threads": [t.name for t in threading.enumerate() if t.name.startswith("vmalloc-rank")],
         "torch threads": torch.get_num_threads(),
         "handlers": [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
@@ -91,6 +91,8 @@ def footprint() -> dict[str, Any]:
 
 def assert_nothing_is_left(before: dict[str, Any], pids: dict[int, int]) -> None:
     """Sockets close on gloo's own threads, so soon rather than at once."""
-    wait_until(lambda: {**footprint(), "files": 0} == {**before, "files": 0})
-    wait_until(lambda: footprint()["files"] <= before["files"])
+    deadline = time.monotonic() + LIMIT_S
+    while left := {name: now for name, now in footprint().items() if now != before[name]}:
+        assert time.monotonic() < deadline, (left, {name: before[name] for name in left})
+        time.sleep(0.01)
     assert not any(process_state(pid) for pid in pids.values())

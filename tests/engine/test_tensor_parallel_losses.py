@@ -140,7 +140,8 @@ def test_ranks_that_are_told_to_stop_end_in_order(nothing_left: dict[int, int]) 
     group = start(2)
     nothing_left.update(pids_of(group))
     order(group, "stop")
-    wait_until(lambda: process_state(nothing_left[1]) == "Z")
+    assert group._processes is not None
+    assert group._processes.wait_end(LIMIT_S)
     with pytest.raises(RankLostError, match="ended with exit code 0"):
         group.check()
     group.close()
