@@ -210,7 +210,9 @@ class RankChannel:
             try:
                 self._sending[peer] = self._open().send([tensor], peer, tag)
             except RuntimeError as error:
-                raise RankLostError(peer, f"nothing can be sent to it: {_line(error)}") from None
+                raise RankLostError(
+                    peer, f"nothing can be sent to it: {first_sentence(error)}"
+                ) from None
         for peer in peers:
             self._wait(self._sending.pop(peer), peer, deadline, "receipt")
 
@@ -220,7 +222,7 @@ class RankChannel:
             work.wait(timedelta(seconds=max(deadline - started, 0.001)))
         except RuntimeError as error:
             if time.monotonic() < deadline:
-                reason = f"the connection to it broke: {_line(error)}"
+                reason = f"the connection to it broke: {first_sentence(error)}"
             else:
                 reason = (
                     f"it is behind: no {what} from it within {self.timeout_s:g} s "
@@ -242,7 +244,9 @@ def _check_message(message: bytes) -> None:
         raise ConfigError(f"a message of {len(message)} bytes; at most {MAX_MESSAGE_BYTES}")
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error of gloo's, without the source file it starts with."""
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error of gloo's, without the source file it starts with."""
     line = str(error).strip().split("\n", 1)[0]
-    return line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line
+    if line.startswith("[") and "] " in line:
+        line = line.split("] ", 1)[1]
+    return line.split(". ", 1)[0]

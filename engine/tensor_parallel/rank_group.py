@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import time
+import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ import torch.distributed as dist
 from ...errors import ClosedError, ConfigError
 from ..config import DEFAULT_RANK_TIMEOUT_S, MAX_PORT, MAX_RANK_TIMEOUT_S
 from ..errors import RankLostError
-from .rank_channel import RankChannel
+from .rank_channel import RankChannel, first_sentence
 from .rank_join import (
     RankReport,
     abort_device_groups,
     check_devices,
     has_come,
     host_store,
+    is_consequence,
     join_ranks,
     leave_ranks,
     read_report,
@@ -78,6 +80,7 @@ class RankGroup:
         except BaseException as error:
             is_lost = isinstance(error, (RuntimeError, RankLostError))
             explained = self.explain(error) if is_lost else None
+            traceback.clear_frames(error.__traceback__)
             self.close(0.0)
             if explained is not None and explained is not error:
                 raise explained from None
@@ -130,7 +133,12 @@ class RankGroup:
             raise self._lost(ends)
 
     def explain(self, error: BaseException) -> RankLostError:
-        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out."""
+        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out.
+
+        Empties the frames that the error came through: as long as somebody keeps it, they would
+        keep the process groups' sockets open.
+        """
+        traceback.clear_frames(error.__traceback__)
         if self._processes is None:
             return _as_lost(error)
         is_late = isinstance(error, RankLostError) and "behind" in error.reason
@@ -141,8 +149,8 @@ class RankGroup:
             named = ", ".join(map(str, stopped))
             return RankLostError(
                 stopped[0],
-                f"its process is stopped, so that it is behind the others by more than "
-                f"{self.timeout_s:g} s (stopped: rank {named}): {error}",
+                f"its process is stopped, and a rank may be {self.timeout_s:g} s behind "
+                f"(tensor_parallel_timeout_s; stopped: {named}): {_as_lost(error).reason}",
             )
         return _as_lost(error)
 
@@ -157,7 +165,9 @@ class RankGroup:
         self._is_closed = True
         processes, self._processes = self._processes, None
         try:
-            if processes is not None and any(end.code != 0 for end in processes.ends):
+            if processes is not None and (
+                processes.stopped() or any(end.code != 0 for end in processes.ends)
+            ):
                 grace_s = 0.0
             channel, self._channel = self._channel, None
             leave_ranks(channel)
@@ -219,7 +229,7 @@ class RankGroup:
 
     def _is_consequence(self, end: RankEnd) -> bool:
         reported = self._reported(end.rank)
-        return end.code == 0 or (reported is not None and reported.kind == RankLostError.__name__)
+        return end.code == 0 or (reported is not None and is_consequence(reported))
 
     def _reported(self, rank: int) -> RankReport | None:
         with contextlib.suppress(RuntimeError):  # a store that has closed
@@ -230,7 +240,9 @@ class RankGroup:
 def _as_lost(error: BaseException) -> RankLostError:
     if isinstance(error, RankLostError):
         return error
-    return RankLostError(None, f"the ranks' exchange failed: {type(error).__name__}: {error}")
+    return RankLostError(
+        None, f"an exchange between ranks failed: {type(error).__name__}: {first_sentence(error)}"
+    )
 
 
 def _check(size: int, entry: str, port: int | None, timeout_s: float) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ..errors import RankLostError
 from .rank_channel import RankChannel
 from .rank_environment import LOOPBACK_ADDRESS, rank_environment
 
@@ -130,8 +131,15 @@ def read_report(store: Store, rank: int) -> RankReport | None:
     return RankReport(str(kind), str(text))
 
 
+def is_consequence(said: RankReport) -> bool:
+    """Whether a rank ended because it lost another."""
+    return said.kind == RankLostError.__name__ or any(
+        sign in said.text for sign in ("Connection closed by peer", "Connection reset by peer")
+    )
+
+
 def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: float) -> RankChannel:
-    """Make both process groups with the other ranks, which do the same now."""
+    """Make both process groups with the other ranks, which do the same now; all have, then."""
     where = rank_device(rank, device)
     timeout = timedelta(seconds=timeout_s)
     if where.type == "cuda":
@@ -146,7 +154,9 @@ def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: fl
             device_id=where if where.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-    return RankChannel(control, device=where, timeout_s=timeout_s)
+    channel = RankChannel(control, device=where, timeout_s=timeout_s)
+    channel.least(())  # some may still be connecting to each other
+    return channel
 
 
 def abort_device_groups() -> None:

@@ -42,9 +42,10 @@ _BOOT = f"""
 import json, os, sys
 os.dup2(2, 1)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+sys.stdout.reconfigure(line_buffering=True)
 sys.path[:] = json.loads(os.environ.pop("VMALLOC_RANK_PATH"))
-from {__package__}.rank_main import main
-sys.exit(main())
+from {__package__}.rank_main import run
+run()
 """
 
 
@@ -119,6 +120,8 @@ class RankProcesses:
             self._is_ending = True
             self._changed.notify_all()
         self._join(grace_s)
+        for rank in self.stopped():  # these hear nothing else
+            _kill_group(self.pids[rank], signal.SIGKILL)
         self._signal(signal.SIGTERM)
         self._join(TERMINATE_GRACE_S)
         self._signal(signal.SIGKILL)
