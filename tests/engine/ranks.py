@@ -25,12 +25,14 @@ def run_on_ranks(size: int, work: Callable[..., Any], folder: Path, *arguments: 
 
     ``work`` is a function at the top of a module; ``folder`` is empty and the ranks' own.
     """
+    # One process imports torch and what else ``work`` needs; the ranks are its forks.
+    mp.set_forkserver_preload([work.__module__])
     context: Any = mp.start_processes(
         _run,
         (size, work, str(folder), arguments),
         nprocs=size,
         join=False,
-        start_method="spawn",
+        start_method="forkserver",
     )
     try:
         deadline = time.monotonic() + RANK_TIMEOUT_S
