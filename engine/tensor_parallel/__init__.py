@@ -1,1 +1,4 @@
-"""One model over several processes, a share of its heads in each."""
+"""One engine over several processes: each rank computes its share of every layer's heads.
+
+Owns: nothing.  Thread-safety: see each class.
+"""
