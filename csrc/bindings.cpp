@@ -394,6 +394,8 @@ void bind_pool(py::module_& m) {
       .def("available", &PagePool::available, NoGil())
       .def("trim", &PagePool::trim, py::arg("keep_free"), NoGil())
       .def("set_max_pages", &PagePool::set_max_pages, py::arg("max_pages"), NoGil())
+      .def("try_grant", &PagePool::try_grant, py::arg("num_pages"), NoGil())
+      .def("revoke_grant", &PagePool::revoke_grant, py::arg("num_pages"), NoGil())
       .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("held"),
            py::arg("cached"), py::arg("retired"), NoGil())
       .def("stats", [](const PagePool& pool) {
@@ -490,6 +492,8 @@ void bind_arena(py::module_& m) {
       .def("trim", &KVArena::trim, py::arg("keep_free"), NoGil())
       .def("resize", &KVArena::resize, py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, NoGil())
+      .def("try_grant", &KVArena::try_grant, py::arg("num_pages"), NoGil())
+      .def("revoke_grant", &KVArena::revoke_grant, py::arg("num_pages"), NoGil())
       .def("set_low_pages", &KVArena::set_low_pages, py::arg("low_pages"), NoGil())
       .def("max_pages", &KVArena::max_pages, NoGil())
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())

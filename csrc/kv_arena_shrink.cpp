@@ -248,6 +248,18 @@ void KVArena::resize(std::size_t max_pages, std::size_t low_pages, std::size_t h
   reclaim(pool.num_created - max_pages);
 }
 
+bool KVArena::try_grant(std::size_t num_pages) {
+  {
+    const Lock lock = enter();
+  }  // not held while the driver creates pages
+  return pool_.try_grant(num_pages);
+}
+
+void KVArena::revoke_grant(std::size_t num_pages) {
+  const Lock lock = enter();
+  pool_.revoke_grant(num_pages);
+}
+
 void KVArena::set_low_pages(std::size_t low_pages) {
   const Lock lock = enter();
   config_.low_pages = low_pages;

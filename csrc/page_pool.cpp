@@ -1,5 +1,6 @@
 #include "page_pool.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -65,7 +66,7 @@ void PagePool::top_up(std::size_t num_free) {
     std::vector<PageId> page;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (free_.size() >= num_free || num_created_ >= max_pages_) return;
+      if (free_.size() >= num_free || creatable() == 0) return;
       page.push_back(claim_absent(kNoPage));
       ++num_created_;
       pages_[page[0]].live = 1;
@@ -89,10 +90,67 @@ void PagePool::top_up(std::size_t num_free) {
   }
 }
 
+bool PagePool::try_grant(std::size_t num_pages) {
+  std::vector<PageId> created;  // live until all are there, so that nobody takes or destroys them
+  const auto give_up = [&] {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const PageId page : created) {
+      change(page, [](Page& entry) { --entry.live; });
+      if (free_.contains(page)) give_back_quietly([&] { destroy(page); });
+    }
+  };
+  for (;;) {
+    std::vector<PageId> page;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::size_t wanted = std::min(num_pages, max_pages_);
+      if (num_created_ >= wanted) {
+        granted_ = wanted;
+        break;
+      }
+      page.push_back(claim_absent(kNoPage));
+      ++num_created_;
+      pages_[page[0]].live = 1;
+      ++num_in_use_;
+    }
+    std::optional<PageHandle> handle;
+    try {
+      handle = driver_->try_create_page(page[0]);
+    } catch (...) {
+      undo_claim(page.data(), 1, page, 0);
+      give_up();
+      throw;
+    }
+    if (!handle) {
+      undo_claim(page.data(), 1, page, 0);
+      give_up();
+      return false;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pages_[page[0]].handle = *handle;
+    created.push_back(page[0]);
+  }
+  for (const PageId page : created) release(page);
+  return true;
+}
+
+void PagePool::revoke_grant(std::size_t num_pages) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  granted_ = num_pages;
+  while (num_created_ > num_pages && free_.size() > 0) {
+    destroy(static_cast<PageId>(free_.find_any()));
+  }
+}
+
+/// Pages that may be created on demand.
+std::size_t PagePool::creatable() const {
+  const std::size_t limit = std::min(max_pages_, granted_);
+  return limit > num_created_ ? limit - num_created_ : 0;
+}
+
 bool PagePool::claim(std::size_t num_pages, PageId after, PageId* pages,
                      std::vector<PageId>* to_create, bool* any_used) {
-  const std::size_t creatable = max_pages_ > num_created_ ? max_pages_ - num_created_ : 0;
-  if (num_pages > free_.size() + creatable) return false;
+  if (num_pages > free_.size() + creatable()) return false;
   for (std::size_t i = 0; i < num_pages; ++i) {
     PageId page = claim_free(after);
     if (page == kNoPage) {

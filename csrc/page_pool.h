@@ -51,6 +51,13 @@ class PagePool {
   /// Create pages until `num_free` are free, as far as the cap and the driver go.
   void top_up(std::size_t num_free);
 
+  /// Have `num_pages` created, the cap at most, and from then on create no more on demand: pools
+  /// that must not run out alone agree on what each has before any of them uses it. False, and all
+  /// as before, where the driver has less.
+  [[nodiscard]] bool try_grant(std::size_t num_pages);
+  /// Go back to a smaller grant: the others did not get theirs. Free pages beyond it are destroyed.
+  void revoke_grant(std::size_t num_pages);
+
   /// Add a live reference; false if the page is not in use.
   [[nodiscard]] bool try_share(PageId page);
   [[nodiscard]] bool try_hold(PageId page);   ///< Likewise, a held reference.
@@ -114,6 +121,7 @@ class PagePool {
   void add_absent_extent();
   void undo_claim(const PageId* pages, std::size_t num_pages, const std::vector<PageId>& to_create,
                   std::size_t num_created);
+  [[nodiscard]] std::size_t creatable() const;
   enum class Sign { kOut, kIn };
   void count(const Page& page, Sign sign);
   template <typename Change>
@@ -130,6 +138,7 @@ class PagePool {
   std::size_t num_created_ = 0, num_in_use_ = 0, num_held_ = 0, num_cached_ = 0, num_retired_ = 0,
               num_extra_ = 0;
   std::size_t max_pages_;
+  std::size_t granted_ = SIZE_MAX;  // cap on what is created without being asked for by name
 };
 
 }  // namespace vmalloc

@@ -6,6 +6,7 @@ Owns: nothing; it hands over what it made.  Thread-safety: none; one engine thre
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +58,7 @@ class EngineParts:
         kernels: the attention kernels over it.
         runner: the forward passes.
         fused_refusal: None where native code computes them; else why the model does so itself.
+        dtype: of the model's weights.
     """
 
     config: EngineConfig
@@ -66,6 +68,7 @@ class EngineParts:
     kernels: AttentionKernels
     runner: ModelRunner
     fused_refusal: str | None
+    dtype: torch.dtype
 
 
 def assemble(
@@ -75,11 +78,13 @@ def assemble(
     *,
     phases: StartupPhases,
     recorder: Recorder | None = None,
+    least: Callable[[Sequence[int]], list[int]] = list,
 ) -> EngineParts:
     """Make the parts of an engine, ``owner``, or leave the model as it was.
 
     ``recorder``: what decodes are recorded with; None: what the settings and the device say.
-    ``phases`` times each part of it.
+    ``phases`` times each part of it. ``least``: the smallest of what the ranks of an engine have of
+    each of some numbers; ranks are assembled in lock step.
 
     Raises ``UnsupportedModelError`` if the model fails the load probe, ``ConfigError`` for a
     setting that cannot work and for a model that another engine has.
@@ -102,7 +107,7 @@ def assemble(
                     check_batch_invariance(model, probed, caches, make_forward, pads_rows=pads_rows)
             with phases.phase("reserve KV cache"):
                 limit = _device_limit(model, config, device, max_model_len)
-                config = resolve_config(config, probed.layers, max_model_len, device, limit)
+                config = resolve_config(config, probed.layers, max_model_len, device, limit, least)
                 backend, kernels = create_cache(config, probed, caches)
             try:
                 forward = make_forward(backend, kernels)
@@ -119,7 +124,8 @@ def assemble(
                 decodes=decodes,
             )
             refusal = decoder if isinstance(decoder, str) else None
-            return EngineParts(config, stream, lease, backend, kernels, runner, refusal)
+            dtype = next(model.parameters()).dtype
+            return EngineParts(config, stream, lease, backend, kernels, runner, refusal, dtype)
     except BaseException:
         lease.give_back()
         raise

@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: stateless.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,11 +52,18 @@ def resolve_config(
     max_model_len: int,
     device: torch.device,
     device_limit: int | None = None,
+    least: Callable[[Sequence[int]], list[int]] = list,
 ) -> EngineConfig:
     """``config`` with every None, and every "auto" of the device, filled in.
 
     ``device_limit``: bytes of KV that the device has room for; None: what the host has is shared.
+    ``least``: the smallest of what each rank has, so that all resolve to the same.
     """
+    ranks = config.tensor_parallel_size
+    if device_limit is None:
+        device_limit = int(available_bytes() * DEFAULT_MEMORY_SHARE) // ranks
+    swap_limit = int(available_bytes() * DEFAULT_SWAP_SHARE) // ranks
+    device_limit, swap_limit = least([device_limit, swap_limit])
     token_bytes = sum(layer.token_bytes for layer in layers)
     page_bytes = config.page_size or _DEFAULT_PAGE_BYTES[device.type]
     cuts_itself = device.type == "cpu" and config.kv_driver != "cuda"
@@ -64,8 +72,6 @@ def resolve_config(
     most = config.max_num_seqs * (max_model_len * token_bytes + 2 * num_groups * page_bytes)
     cap = config.kv_cache_memory_bytes
     if cap is None:
-        if device_limit is None:
-            device_limit = int(available_bytes() * DEFAULT_MEMORY_SHARE)
         cap = min(device_limit, most)
     if cuts_itself:
         layout = choose_layout(layers, min(cap, most), config.page_size, config.layers_per_group)
@@ -74,7 +80,7 @@ def resolve_config(
         )
     swap = config.swap_space_bytes
     if swap is None:
-        swap = min(int(available_bytes() * DEFAULT_SWAP_SHARE), cap)
+        swap = min(swap_limit, cap)
     return replace(
         config,
         device=str(device),

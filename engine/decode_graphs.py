@@ -30,14 +30,16 @@ from torch import Tensor
 from ..backend import KVBackend, KVBatchBuffers, KVBatchView
 from ..errors import VmallocError
 from ..kernels.buckets import bucket_rows
+from .packed_batch import PackedBatch
 from .packed_forward import ForwardPass
-from .sequence import Sequence
 from .transfer import copy_into
 
 logger = logging.getLogger(__name__)
 
 MAX_RECORDINGS = 256
 """Recordings kept; those not used for longest go first."""
+
+_NOTHING = PackedBatch([], [], [], [], [])
 
 NUM_WARM_UPS = 2
 """Runs before a capture: libraries load kernels and take their workspaces in the first."""
@@ -143,11 +145,11 @@ class StaticInputs:
         self.rows = torch.arange(max_batch, device=device)
         self.buffers = KVBatchBuffers.allocate(max_batch, max_blocks, device)
 
-    def fill(self, seqs: SequenceABC[Sequence], size: int) -> None:
-        """Write the last token of each sequence and its position; zeros up to ``size``."""
+    def fill(self, token_ids: list[int], positions: list[int], size: int) -> None:
+        """Write the token of each sequence and its position; zeros up to ``size``."""
         ids = np.zeros((2, size), dtype=np.int64)
-        ids[0, : len(seqs)] = [seq.token_ids[-1] for seq in seqs]
-        ids[1, : len(seqs)] = [len(seq.token_ids) - 1 for seq in seqs]
+        ids[0, : len(token_ids)] = token_ids
+        ids[1, : len(positions)] = positions
         copy_into(self._ids[: 2 * size], ids.reshape(-1))
 
     def of_size(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,22 +196,18 @@ class DecodeGraphs:
         self.num_replayed = 0
         backend.batch_view((), (), pad_to=1)  # while there is memory for it
 
-    def takes(self, seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int]) -> bool:
+    def takes(self, batch: PackedBatch) -> bool:
         """Whether a batch is all decodes, and of a size that is recorded."""
-        return (
-            self._is_on
-            and 0 < len(seqs) <= self.sizes[-1]
-            and max(num_new_tokens) == 1
-            and all(len(seq.token_ids) == seq.num_computed_tokens + 1 for seq in seqs)
-        )
+        return self._is_on and batch.is_decode and 0 < len(batch.seq_ids) <= self.sizes[-1]
 
-    def run(self, seqs: SequenceABC[Sequence]) -> Tensor:
+    def run(self, batch: PackedBatch) -> Tensor:
         """Logits ``[num_seqs, vocab_size]`` of a batch that ``takes`` takes; good until the next
         step."""
-        size = self.sizes[bisect_left(self.sizes, len(seqs))]
-        bucket = self._bucket(max(len(seq.token_ids) for seq in seqs))
-        view = self._fill(seqs, size, bucket)
-        return self._recorded(size, bucket, view)()[: len(seqs)]
+        num_seqs = len(batch.seq_ids)
+        size = self.sizes[bisect_left(self.sizes, num_seqs)]
+        bucket = self._bucket(max(batch.positions) + 1)
+        view = self._fill(batch, size, bucket)
+        return self._recorded(size, bucket, view)()[:num_seqs]
 
     def warm_up(self, watch: Callable[[SequenceABC[int]], Iterable[int]] = iter) -> None:
         """Record every size for short sequences, the largest first: the others fit its memory.
@@ -220,7 +218,7 @@ class DecodeGraphs:
         bucket = self._bucket(1)
         for size in watch(self.sizes[::-1]):
             if self._is_on:
-                self._recorded(size, bucket, self._fill((), size, bucket))()
+                self._recorded(size, bucket, self._fill(_NOTHING, size, bucket))()
 
     def close(self) -> None:
         """Let go of all recordings, and of what they hold on the device."""
@@ -232,11 +230,11 @@ class DecodeGraphs:
     def _bucket(self, num_tokens: int) -> int:
         return bucket_rows(num_tokens, self._backend.config.max_seq_len)
 
-    def _fill(self, seqs: SequenceABC[Sequence], size: int, bucket: int) -> KVBatchView:
-        self._inputs.fill(seqs, size)
+    def _fill(self, batch: PackedBatch, size: int, bucket: int) -> KVBatchView:
+        self._inputs.fill(batch.token_ids, batch.positions, size)
         return self._backend.batch_view(
-            [seq.seq_id for seq in seqs],
-            [1] * len(seqs),
+            batch.seq_ids,
+            batch.num_new_tokens,
             out=self._inputs.buffers,
             pad_to=size,
             max_seqlen_k=bucket,

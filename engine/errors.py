@@ -5,7 +5,7 @@ Owns: nothing.  Thread-safety: immutable classes.
 
 from __future__ import annotations
 
-from ..errors import VmallocError
+from ..errors import ConfigError, VmallocError
 
 
 class UnsupportedModelError(VmallocError):
@@ -73,3 +73,33 @@ class RequestTimeoutError(VmallocError):
 
 class RequestAbortedError(VmallocError):
     """A request was aborted by name, by somebody else than its reader."""
+
+
+class RankLostError(VmallocError):
+    """A rank of a tensor-parallel engine ended, cannot be reached or is too far behind.
+
+    Attributes:
+        rank: which one; None if that is not known.
+        reason: what happened to it, with the values and limits that matter.
+    """
+
+    def __init__(self, rank: int | None, reason: str) -> None:
+        self.rank = rank
+        self.reason = reason
+        super().__init__(f"{'a rank' if rank is None else f'rank {rank}'} was lost: {reason}")
+
+
+class RankMismatchError(ConfigError):
+    """Ranks of a tensor-parallel engine differ in something that must be the same in all of them.
+
+    Attributes:
+        fact: what differs; the first of them if there are several.
+    """
+
+    def __init__(self, fact: str, text: str) -> None:
+        self.fact = fact
+        super().__init__(text)
+
+
+class PlanVoidError(VmallocError):
+    """A rank could not carry a plan out: no rank computes the step, and all start over."""

@@ -17,6 +17,7 @@ from ..backend import KVCacheStats
 from ..config import CommitPolicy
 from ..errors import ConfigError, VmallocError
 from .config import (
+    DEFAULT_RANK_TIMEOUT_S,
     DtypeName,
     EngineConfig,
     FusedMode,
@@ -44,8 +45,9 @@ class LLM:
             passed ready built has none.
         skip_tokenizer_init: work with token ids only.
 
-    The other arguments are those of ``EngineConfig``. Raises ``ConfigError`` and
-    ``UnsupportedModelError``.
+    The other arguments are those of ``EngineConfig``. With ``tensor_parallel_size`` above 1 the
+    other ranks are processes of their own until ``close``. Raises ``ConfigError``,
+    ``UnsupportedModelError`` and, where a rank ends, ``RankLostError``.
     """
 
     def __init__(
@@ -79,6 +81,9 @@ class LLM:
         seed: int = 0,
         batch_invariant: bool = False,
         max_logprobs: int = 20,
+        tensor_parallel_size: int = 1,
+        tensor_parallel_port: int | None = None,
+        tensor_parallel_timeout_s: float = DEFAULT_RANK_TIMEOUT_S,
     ) -> None:
         config = EngineConfig(
             device=device,
@@ -106,6 +111,9 @@ class LLM:
             seed=seed,
             batch_invariant=batch_invariant,
             max_logprobs=max_logprobs,
+            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_port=tensor_parallel_port,
+            tensor_parallel_timeout_s=tensor_parallel_timeout_s,
         )
         self.engine = load_engine(model, tokenizer, config, skip_tokenizer_init=skip_tokenizer_init)
         self._num_requests = 0

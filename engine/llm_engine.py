@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from .assembly import assemble
 from .compute_stream import StepTimer, current_stream_handle
 from .config import EngineConfig
 from .decode_graphs import DecodeGraphs, Recorder
+from .errors import PlanVoidError
 from .generation import Generation, scored_prompts
 from .model_loader import end_token_ids, vocab_size
 from .outputs import RequestOutput
@@ -34,6 +35,9 @@ from .scheduler import Scheduler
 from .sequence_group import SequenceGroup
 from .startup import StartupPhases
 from .token_counts import TokenStats
+
+if TYPE_CHECKING:
+    from .tensor_parallel.leader import RankLeader
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +68,8 @@ class LLMEngine:
         phases: times what is done before the first step.
         cost: what ``preemption_mode="auto"`` goes by until more was measured.
         clock: seconds; all that is timed or measured goes by it, but for work on a GPU.
+        leader: the other ranks, which have their share of the model and are being assembled too.
+            The engine ends them when it is closed.
 
     Attributes:
         config: its settings, every None filled in.
@@ -83,18 +89,30 @@ class LLMEngine:
         phases: StartupPhases | None = None,
         cost: PreemptionCost | None = None,
         clock: Callable[[], float] = time.monotonic,
+        leader: RankLeader | None = None,
     ) -> None:
+        config = config or EngineConfig()
+        num_ranks = 1 if leader is None else leader.size
+        if config.tensor_parallel_size != num_ranks:
+            raise ConfigError(
+                f"tensor_parallel_size is {config.tensor_parallel_size} and the model is on "
+                f"{num_ranks} rank(s): name the model, so that every rank loads its share"
+            )
         parts = assemble(
             model,
-            config or EngineConfig(),
+            config,
             owner=self,
             recorder=recorder,
             phases=phases or StartupPhases(),
+            least=list if leader is None else leader.least,
         )
         self.config = parts.config
         self._stream, self._lease = parts.stream, parts.lease
         self._backend, self._kernels = parts.backend, parts.kernels
         self._runner = parts.runner
+        self._leader = leader
+        if leader is not None:
+            self._backend = leader.attach(parts)  # gives all of it back if that fails
         self.fused_refusal = parts.fused_refusal
         self._clock = clock
         self._timer = StepTimer(parts.stream.device, clock)
@@ -158,6 +176,11 @@ class LLMEngine:
         The last word is the instruction set, as in ``kernel_name``.
         """
         return self._runner.forward_name
+
+    @property
+    def leader(self) -> RankLeader | None:
+        """The other ranks of a tensor-parallel engine."""
+        return self._leader
 
     @property
     def decode_graphs(self) -> DecodeGraphs | None:
@@ -264,10 +287,16 @@ class LLMEngine:
         did not append, and reports what ended in it.
         """
         self._check_awake()
+        if self._leader is not None:
+            self._leader.check()
         batch = self._scheduler.schedule()
         self._ended.extend(batch.failed)
         started = self._clock()
-        logits = self._compute(batch)
+        try:
+            logits = self._compute(batch)
+        except PlanVoidError:
+            logits = None
+            self._start_over()
         to_report = list(self._ended)
         if logits is not None:
             to_report.extend(self._generation.advance(batch, logits, self._ended, started))
@@ -283,6 +312,8 @@ class LLMEngine:
             if output is not None:
                 outputs.append(output)
         self._ended.clear()
+        if self._leader is not None and not self._scheduler.has_unfinished:
+            self._leader.flush()  # nothing comes after it for now
         return outputs
 
     @_on_stream
@@ -370,6 +401,8 @@ class LLMEngine:
             self._backend.close()
         finally:
             self._lease.give_back()
+            if self._leader is not None:
+                self._leader.close()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -390,6 +423,12 @@ class LLMEngine:
         self._check_open()
         if self._is_asleep:
             raise VmallocError("the engine sleeps; wake() it first")
+
+    def _start_over(self) -> None:
+        """No rank computed a step, as one could not: all lose what they hold, but no request."""
+        assert self._leader is not None
+        self._scheduler.preempt_all()
+        self._leader.recover()
 
     def _compute(self, batch: ScheduledBatch) -> torch.Tensor | None:
         """Run the model over a batch; its logits, None where the batch is empty."""

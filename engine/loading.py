@@ -42,10 +42,18 @@ def load_engine(
     phases = phases or StartupPhases()
     if isinstance(model, str | os.PathLike):
         name = resolve_model_name(os.fspath(model))
-        with phases.phase("load weights"):
-            module = load_model(name, config.dtype, choose_device(config.device))
+        module = None  # several ranks load their shares of it below
+        if config.tensor_parallel_size == 1:
+            with phases.phase("load weights"):
+                module = load_model(name, config.dtype, choose_device(config.device))
         tokenizer = name if tokenizer is None else tokenizer
     else:
+        if config.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {config.tensor_parallel_size} and model a "
+                f"{type(model).__name__}; it must be a folder or hub id, of which every rank "
+                "loads its share"
+            )
         check_module(model, config.dtype, config.device)
         module = model.eval()
     if skip_tokenizer_init:
@@ -57,4 +65,8 @@ def load_engine(
         raise ConfigError(
             f"tokenizer is a {type(tokenizer).__name__}; it must be a name or a tokenizer"
         )
+    if module is None:
+        from .tensor_parallel.loading import load_parallel_engine
+
+        return load_parallel_engine(name, tokenizer, config, phases)
     return LLMEngine(module, tokenizer, config, phases=phases)

@@ -36,7 +36,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
     bfloat16. Raises ``ConfigError`` if nothing is there, or it does not fit the device, and
     ``UnsupportedModelError`` if it is no decoder.
     """
-    config, is_local, torch_dtype = _read_config(name, dtype, device)
+    config, is_local, torch_dtype = read_config(name, dtype, device)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -45,8 +45,8 @@ def load_model(name: str, dtype: str, device: torch.device) -> torch.nn.Module:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
-        raise _loading_error(name, config, error) from error
-    _check_weights(name, loading)
+        raise loading_error(name, config, error) from error
+    check_weights(name, loading)
     module: torch.nn.Module = model
     try:
         return module.eval().to(device)
@@ -63,17 +63,20 @@ def outline_model(name: str, dtype: str, device: torch.device) -> torch.nn.Modul
     Its tensors are on torch's ``"meta"`` device: they have shapes and no memory, so this takes
     milliseconds for any size. Raises as ``load_model`` does, but for what only weights can tell.
     """
-    config, _, torch_dtype = _read_config(name, dtype, device)
+    config, _, torch_dtype = read_config(name, dtype, device)
     try:
         with torch.device("meta"):
             module: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     except Exception as error:
-        raise _loading_error(name, config, error) from error
+        raise loading_error(name, config, error) from error
     return module.eval()
 
 
-def _read_config(name: str, dtype: str, device: torch.device) -> tuple[Any, bool, torch.dtype]:
-    """The model's config, whether it came from local files, and the type to compute in."""
+def read_config(name: str, dtype: str, device: torch.device) -> tuple[Any, bool, torch.dtype]:
+    """A model's config, whether it came from local files, and the type to compute in.
+
+    Raises ``ConfigError`` and ``UnsupportedModelError`` as ``load_model`` does.
+    """
     config, is_local = _load_config(name)
     torch_dtype = _DTYPES.get(dtype) or automatic_dtype(config, device)
     check_dtype(torch_dtype, device)
@@ -84,7 +87,8 @@ def _read_config(name: str, dtype: str, device: torch.device) -> tuple[Any, bool
     return config, is_local, torch_dtype
 
 
-def _loading_error(name: str, config: Any, error: Exception) -> VmallocError:
+def loading_error(name: str, config: Any, error: Exception) -> VmallocError:
+    """What to raise for whatever transformers raised over a model."""
     if "Unrecognized configuration class" in str(error):
         reason = f"{type(config).__name__} has no causal language model in transformers"
         return UnsupportedModelError(name, "architecture", reason)
@@ -103,7 +107,7 @@ def automatic_dtype(config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def _check_weights(name: str, loading: Any) -> None:
+def check_weights(name: str, loading: Any) -> None:
     """Refuse a checkpoint whose gaps transformers has filled with random numbers."""
     for what in ("missing_keys", "mismatched_keys"):
         keys = sorted(map(str, loading.get(what) or ()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor
 from ..backend import KVBackend
 from ..kernels.cpu import use_num_threads
 from .decode_graphs import DecodeGraphs
+from .packed_batch import PackedBatch, pack
 from .packed_forward import ForwardPass
 from .sequence import Sequence
 from .transfer import to_device
+
+if TYPE_CHECKING:
+    from .tensor_parallel.leader import RankLeader
 
 INVARIANT_ROW_MULTIPLE = 8
 INVARIANT_MIN_ROWS = 16
@@ -35,6 +40,9 @@ class ModelRunner:
         pads_rows: pad rows so that the logits of torch's products do not depend on batch mates,
             bit for bit.
         decodes: what batches of decodes go through, as far as it takes them; None: nothing.
+
+    Attributes:
+        leader: has every other rank compute what is computed here; None: there is none.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class ModelRunner:
         self._backend = backend
         self._device = device
         self._pads_rows = pads_rows
+        self.leader: RankLeader | None = None
         self.decodes = decodes
         if device.type == "cpu":
             # One knob for the CPU: torch's, which OMP_NUM_THREADS and torch.set_num_threads turn.
@@ -75,16 +84,24 @@ class ModelRunner:
         row of the others that reach their last known token in this step. Raises ``VmallocError``
         if the model attended elsewhere than in the cache.
         """
-        if self.decodes is not None and not all_rows and self.decodes.takes(seqs, num_new_tokens):
-            return self.decodes.run(seqs)
-        view = self._backend.batch_view([seq.seq_id for seq in seqs], num_new_tokens)
-        token_ids, positions, rows = _pack(seqs, num_new_tokens, all_rows)
-        num_tokens, num_kept = len(token_ids), len(rows)
+        batch = pack(seqs, num_new_tokens, all_rows)
+        if self.leader is None:
+            return self.compute(batch)
+        self.leader.lead(batch)
+        with self.leader.computing():
+            return self.compute(batch)
+
+    def compute(self, batch: PackedBatch) -> Tensor:
+        """Compute a packed batch; float32 logits of ``batch.rows``, as from ``forward``."""
+        if self.decodes is not None and self.decodes.takes(batch):
+            return self.decodes.run(batch)
+        view = self._backend.batch_view(batch.seq_ids, batch.num_new_tokens)
+        token_ids, positions, rows = batch.token_ids, batch.positions, batch.rows
+        num_kept = len(rows)
         if self._pads_rows:
-            padding = _invariant_rows(num_tokens) - num_tokens
-            token_ids.extend([0] * padding)
-            positions.extend([0] * padding)
-            rows.extend([0] * (_invariant_rows(num_kept) - num_kept))
+            padding = [0] * (_invariant_rows(len(token_ids)) - len(token_ids))
+            token_ids, positions = token_ids + padding, positions + padding
+            rows = rows + [0] * (_invariant_rows(num_kept) - num_kept)
         packed = to_device(np.array([*token_ids, *positions, *rows], dtype=np.int64), self._device)
         num_rows = len(token_ids)
         return self._forward(
@@ -96,29 +113,6 @@ class ModelRunner:
         self._forward.close()
         if self.decodes is not None:
             self.decodes.close()
-
-
-def _pack(
-    seqs: SequenceABC[Sequence], num_new_tokens: SequenceABC[int], all_rows: Set[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Token ids and positions of all rows, and the rows whose logits are wanted."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    kept_rows: list[int] = []
-    for idx, (seq, num_new) in enumerate(zip(seqs, num_new_tokens, strict=True)):
-        start = seq.num_computed_tokens
-        end = start + num_new
-        if num_new == 1:
-            token_ids.append(seq.token_ids[start])
-            positions.append(start)
-        else:
-            token_ids.extend(seq.token_ids[start:end])
-            positions.extend(range(start, end))
-        if all_rows and idx in all_rows:
-            kept_rows.extend(range(len(token_ids) - num_new, len(token_ids)))
-        elif end == len(seq.token_ids):
-            kept_rows.append(len(token_ids) - 1)
-    return token_ids, positions, kept_rows
 
 
 def _invariant_rows(num_rows: int) -> int:

@@ -29,6 +29,7 @@ from .kv_attention import (
 )
 from .model_loader import text_config, vocab_size
 from .packed_forward import MakeForward, PackedForward
+from .tensor_parallel.rank_share import share_of
 from .trial import run_trial
 
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -260,8 +261,11 @@ def _check_declared(model: Any, config: Any, call: AttentionCall) -> None:
         )
     # Latent attention calls its rotary part head_dim, and the whole key qk_head_dim.
     dim_name = "qk_head_dim" if hasattr(config, "qk_head_dim") else "head_dim"
+    share = share_of(model)
     for name, seen in (("num_key_value_heads", num_kv_heads), (dim_name, call.key.shape[2])):
         declared = _declared(config, name)
+        if share is not None and name == "num_key_value_heads" and isinstance(declared, int):
+            declared = share.num_kv_heads(declared)
         if isinstance(declared, int) and declared != seen:
             raise _refusal(
                 model,

@@ -8,7 +8,7 @@ Thread-safety: none of its own; one engine thread. The worker thread inside ``_c
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import TracebackType
@@ -35,6 +35,7 @@ from .errors import ConfigError, DriverError
 from .layout import KVLayout, plan_layout
 from .page_map import PageMap
 from .page_supply import PageSupply
+from .prefix_node import PrefixNode
 from .reorder import plan_reorder
 from .reservation import reserved_tokens
 from .scratch_slot import ScratchSlot
@@ -109,6 +110,11 @@ class VirtualKVCache:
         """``"host"``, ``"cuda"`` or ``"null"``."""
         return self._driver.name
 
+    @property
+    def supply(self) -> PageSupply:
+        """Where its pages come from, for who makes several caches act as one."""
+        return self._supply
+
     def max_seq_tokens(self) -> int:
         most = self._arena.max_slot_rows()
         num_pages = self._arena.max_pages() - self._scratch.num_pages
@@ -173,7 +179,7 @@ class VirtualKVCache:
                 if found is None:
                     continue
                 slots = self._try_slots(group, found)
-                if slots is not None or self._arena.last_shortage() == 0:
+                if slots is not None or not self._supply.is_short:
                     return found, slots
         return None, self._try_slots(group, None)
 
@@ -415,6 +421,28 @@ class VirtualKVCache:
         """Tokens of a live sequence."""
         self._slots((seq_id,))
         return self._len_of[seq_id]
+
+    def live_seq_ids(self) -> list[int]:
+        """Sequences that have a slot."""
+        return list(self._slot_of)
+
+    def swapped_seq_ids(self) -> list[list[int]]:
+        """Swapped-out sequences, group by group."""
+        return self._swapped.groups()
+
+    def page_table(self, seq_id: int) -> list[list[int]]:
+        """For each region, ids of the pages that a live sequence's tokens are in."""
+        slot, num_tokens = self.slot_of(seq_id), self._len_of[seq_id]
+        page_bytes = self._layout.page_bytes
+        table = []
+        for region, row_bytes in enumerate(self._layout.row_bytes):
+            numbers = range(-(-num_tokens * row_bytes // page_bytes))
+            table.append(self._arena.page_ids(slot, [region] * len(numbers), list(numbers)))
+        return table
+
+    def prefix_nodes(self) -> Iterator[PrefixNode]:
+        """Nodes of the prefix index, parents first."""
+        return self._prefixes.index.nodes()
 
     def slot_of(self, seq_id: int) -> int:
         """Slot of a live sequence."""

@@ -9,7 +9,7 @@ kernels that may still read them. So there are no retired pages, and steps are o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import NoReturn
@@ -41,6 +41,7 @@ from .paged_prefix import SequencePrefixes
 from .paged_sequences import PagedSequences, check_between
 from .paged_stats import StepTotals, collect_page_map, collect_stats
 from .paged_swap import SwapSpace
+from .prefix_node import PrefixNode
 
 
 class PagedKVCache:
@@ -288,6 +289,23 @@ class PagedKVCache:
         """Tokens of a live sequence."""
         self._check_usable()
         return self._seqs.length(seq_id)
+
+    def live_seq_ids(self) -> list[int]:
+        """Sequences that have a block table."""
+        self._check_usable()
+        return self._seqs.ids()
+
+    def swapped_seq_ids(self) -> list[list[int]]:
+        """Swapped-out sequences, group by group."""
+        return [list(group.members) for group in self._swap.distinct_groups()]
+
+    def page_table(self, seq_id: int) -> list[list[int]]:
+        """Ids of the blocks that a live sequence's tokens are in, in a list of their own."""
+        return [self.block_ids(seq_id)]
+
+    def prefix_nodes(self) -> Iterator[PrefixNode]:
+        """Nodes of the prefix index, parents first."""
+        return self._index.nodes()
 
     def block_ids(self, seq_id: int) -> list[int]:
         """Blocks of a live sequence, in order of its rows."""

@@ -68,6 +68,11 @@ class SwappedGroups:
             )
         return self._group_of[seq_ids[0]]
 
+    def groups(self) -> list[list[int]]:
+        """The sequences of every group that were not freed."""
+        distinct = {group.group: group for group in self._group_of.values()}
+        return [group.left for group in distinct.values()]
+
     def drop(self, arena: _core.KVArena, seq_id: int) -> None:
         """Forget one sequence and the copies that it alone needed."""
         group = self._group_of[seq_id]

@@ -17,6 +17,7 @@ from ...kernels.select import AttentionKernels
 from ..cache_factory import CacheFactory
 from ..config import EngineConfig
 from ..probe import ProbedModel, probe_logits, relative_difference
+from ..tensor_parallel.rank_share import share_of
 from ..trial import MAX_TRIAL_TOKENS
 from .forward import FusedForward
 from .recognise import recognise
@@ -56,6 +57,9 @@ def _choose(
         return "fused is 'off'"
     if config.compile:
         return "compile is True"
+    share = share_of(model)
+    if share is not None:
+        return f"its weights are sharded over {share.size} ranks"
     if caches.device.type != "cpu":
         return f"it computes on cpu, and the model is on {caches.device}"
     spec = recognise(model, probed.attention, max(max_model_len, MAX_TRIAL_TOKENS))

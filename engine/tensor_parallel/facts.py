@@ -1,0 +1,42 @@
+"""What all ranks of an engine must have in common.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import torch
+import transformers
+
+from ..assembly import EngineParts
+from .agreement import Fact
+
+
+def version_facts() -> dict[str, Fact]:
+    """What runs here."""
+    return {
+        "vmalloc": version("vmalloc"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def settings_facts(parts: EngineParts) -> dict[str, Fact]:
+    """What an engine came to: its model's type, its layers and the memory they have."""
+    cache, config = parts.backend, parts.config
+    return {
+        "dtype": str(parts.dtype),
+        "device": torch.device(config.device).type,
+        "KV backend": cache.name,
+        "KV layers": str(cache.config.layers),
+        "KV page in bytes": cache.stats().page_bytes,
+        "KV memory in bytes": cache.config.capacity_bytes,
+        "swap space in bytes": cache.config.swap_bytes,
+        "longest sequence in tokens": cache.config.max_seq_len,
+        "most sequences": cache.config.max_num_seqs,
+        "forward pass": parts.runner.forward_name,
+    }

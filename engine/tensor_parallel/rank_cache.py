@@ -1,0 +1,59 @@
+"""What every rank does to its own cache when all ranks do it together.
+
+Owns: nothing; the cache is the engine's.  Thread-safety: none; one engine thread.
+
+Each of these may fail on one rank and work on the others. They answer with a value for the vote,
+and can be undone where the vote says so.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ...backend import KVBackend
+from ...errors import DriverError
+from ...kv_cache import VirtualKVCache
+
+logger = logging.getLogger(__name__)
+
+
+class RankCache:
+    """This rank's cache, for what is done on all ranks or on none."""
+
+    def __init__(self, cache: KVBackend) -> None:
+        self.cache = cache
+        self._supply = cache.supply if isinstance(cache, VirtualKVCache) else None
+
+    def try_grant(self, num_pages: int) -> bool:
+        """Have so many pages created, or say that there is no memory for them."""
+        assert self._supply is not None
+        try:
+            return self._supply.try_grant(num_pages)
+        except DriverError as error:
+            logger.warning("this rank cannot have %d KV pages: %s", num_pages, error)
+            return False
+
+    def revoke_grant(self, num_pages: int) -> None:
+        """Go back to a smaller grant."""
+        if self._supply is not None:
+            self._supply.revoke_grant(num_pages)
+
+    def trim(self, keep_free_pages: int) -> tuple[int, int]:
+        """Give free pages back; how many, and how many are left."""
+        num_trimmed = self.cache.trim(keep_free_pages)
+        return num_trimmed, self.num_created
+
+    @property
+    def num_created(self) -> int:
+        """Pages that exist here."""
+        return self.cache.stats().created_pages
+
+    def try_sleep(self) -> bool:
+        """Give all memory back."""
+        return self.cache.try_sleep()
+
+    def try_wake(self) -> bool:
+        """Take memory again, as much as there was."""
+        if self._supply is not None:
+            self._supply.revoke_grant(self._supply.max_pages)  # no limit but the cap
+        return self.cache.try_wake()

@@ -1,0 +1,149 @@
+"""Tells from a model's config alone whether it can be sharded over so many ranks.
+
+Owns: nothing.  Thread-safety: stateless.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from ...errors import ConfigError
+from ..errors import UnsupportedModelError
+
+PLAN_CHECK = "tensor parallel plan"
+"""Name of the check, as ``UnsupportedModelError`` gives it."""
+
+EXACT_STYLES = frozenset(
+    {
+        "colwise",
+        "rowwise",
+        "colwise_gather_output",
+        "colwise_rep",
+        "rowwise_split_input",
+        "rowwise_rep",
+        "embedding_rowwise",
+        "packed_colwise",
+        "packed_rowwise",
+        "moe_tp_experts",
+        "moe_identity_expert",
+        "mla_kv_a_proj",
+        "replicated_with_grad_allreduce",
+        "replicate",
+    }
+)
+"""How a plan may shard a module: ways that were seen to give the logits of the whole model."""
+
+_PACKED_PROJECTIONS = frozenset({"qkv_proj", "query_key_value", "kv_b_proj"})
+_KEY_PROJECTIONS = frozenset({"k_proj"}) | _PACKED_PROJECTIONS
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+"""Config entries that a plan cuts in equal parts."""
+
+
+def check_shardable(
+    name: str, hf_config: Any, size: int, device: torch.device | None = None
+) -> None:
+    """Raise unless a model can be sharded over ``size`` ranks; takes milliseconds.
+
+    Args:
+        name: of the model, for the error.
+        hf_config: its transformers config.
+        size: ranks.
+        device: a device of the kind that the ranks compute on. None: there are enough.
+
+    Raises ``UnsupportedModelError`` for a model that transformers has no plan for or whose plan
+    cannot be followed exactly, and ``ConfigError`` for a number of ranks that does not fit.
+    """
+    _check_devices(size, device)
+    if size == 1:
+        return
+    config = hf_config.get_text_config(decoder=True)
+    plan = sharding_plan(name, hf_config)
+    num_heads = config.num_attention_heads
+    if size > num_heads:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}; {name!r} has {num_heads} attention heads, and each "
+            "rank needs one"
+        )
+    _check_division(name, "num_attention_heads", num_heads, size)
+    if not has_whole_heads(plan):
+        _check_kv_heads(name, config, plan, size)
+    for entry in _WIDTHS:
+        width = getattr(config, entry, None)
+        for one in width if isinstance(width, list) else [width]:
+            if isinstance(one, int) and one:
+                _check_division(name, entry, one, size)
+
+
+def sharding_plan(name: str, hf_config: Any) -> dict[str, str]:
+    """How transformers shards a model: styles by pattern of its module names.
+
+    Raises ``UnsupportedModelError`` where there is no plan, or one that is not known to be exact.
+    """
+    config = hf_config.get_text_config(decoder=True)
+    plan: dict[str, str] = dict(getattr(config, "base_model_tp_plan", None) or {})
+    what = type(config).__name__
+    if not plan:
+        raise UnsupportedModelError(
+            name, PLAN_CHECK, f"transformers {transformers.__version__} has none for {what}"
+        )
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(name, PLAN_CHECK, "its weights are quantised")
+    for module, style in plan.items():
+        if style not in EXACT_STYLES:
+            known = ", ".join(sorted(EXACT_STYLES))
+            raise UnsupportedModelError(
+                name, PLAN_CHECK, f"{module} of {what} is sharded as {style!r}; supported: {known}"
+            )
+    return plan
+
+
+def has_whole_heads(plan: dict[str, str]) -> bool:
+    """Whether every rank computes all heads under ``plan``."""
+    return not any(
+        style == "colwise" and leaf(module) in _KEY_PROJECTIONS for module, style in plan.items()
+    )
+
+
+def leaf(module: str) -> str:
+    """``"q_proj"`` of ``"layers.*.self_attn.q_proj"``."""
+    return module.rpartition(".")[2]
+
+
+def _check_devices(size: int, device: torch.device | None) -> None:
+    if device is None or device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if size > count:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}; there are {count} GPUs, and each rank needs one"
+        )
+
+
+def _check_kv_heads(name: str, config: Any, plan: dict[str, str], size: int) -> None:
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if num_kv_heads % size == 0:
+        return
+    if size % num_kv_heads:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}; {name!r} has {num_kv_heads} KV heads, and one number "
+            "must be a multiple of the other"
+        )
+    for module, style in plan.items():
+        if style == "colwise" and leaf(module) in _PACKED_PROJECTIONS:
+            raise UnsupportedModelError(
+                name,
+                PLAN_CHECK,
+                f"{module} packs {num_kv_heads} KV heads with others, so {size} ranks cannot have "
+                "one each",
+            )
+
+
+def _check_division(name: str, entry: str, value: int, size: int) -> None:
+    if value % size:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}; {name!r} has {entry} {value}, which must be a "
+            "multiple of it"
+        )
