@@ -5,6 +5,7 @@ Owns: nothing.  Thread-safety: none; one process, one command.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -64,7 +65,9 @@ def build_application(settings: ReplicaSettings) -> Any:
         ray_actor_options={"num_cpus": 0},
         logging_config=_quiet(),
     )
-    return ingress.bind(settings, replica.bind(settings))
+    # Which pages may call is the ingress's matter: a header that is there twice is none.
+    server = replace(settings.server, allowed_origins=())
+    return ingress.bind(settings, replica.bind(replace(settings, server=server)))
 
 
 def num_gpus(settings: ReplicaSettings) -> float:

@@ -9,17 +9,20 @@ import asyncio
 import time
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..auth import AuthMiddleware
 from ..body import BodyMiddleware
 from ..disconnect import ClientDisconnectedError, run_while_connected
 from ..errors import ApiError, FailureMiddleware
+from ..request_id import HEADER
 from ..root_path import RootPathMiddleware
 from .everyone import Everyone
 from .forwarding import Forwarder
 from .messages import ReplicaRequest
 from .prefix_keys import prefix_keys
+from .reply_writer import REPLICA_HEADER
 from .settings import ReplicaSettings
 
 DRAIN_POLL_SECONDS = 0.05
@@ -47,6 +50,15 @@ class Ingress:
         app: ASGIApp = FailureMiddleware(self._serve)
         app = BodyMiddleware(app, config)
         app = AuthMiddleware(app, config)
+        if config.allowed_origins:
+            # Asked before a key is: here, so not in the replicas too.
+            app = CORSMiddleware(
+                app,
+                allow_origins=list(config.allowed_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=[HEADER, "retry-after", REPLICA_HEADER.decode()],
+            )
         return RootPathMiddleware(app, config.root_path)
 
     async def drain(self, timeout_s: float) -> bool:

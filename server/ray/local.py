@@ -93,6 +93,12 @@ def serve_replicas(settings: ReplicaSettings) -> int:
     server = settings.server
     if server.uds is not None:
         raise ConfigError(f"uds is {server.uds!r}; replicas listen on host and port only")
+    tensor_port = settings.engine.tensor_parallel_port
+    if tensor_port is not None:
+        raise ConfigError(
+            f"tensor_parallel_port is {tensor_port}; replicas on one machine cannot share a port, "
+            "leave it out"
+        )
     setup_logs(server.log_format)
     port = _free_port(server)
     # What no replica could load is refused here, in a second.

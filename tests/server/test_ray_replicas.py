@@ -25,6 +25,7 @@ from .ray_cluster import ReplicasProcess, descendants, serve_run
 KV_BYTES = 11 << 20
 """Of a replica: the prefixes of 5 or 6 of the 10 families, one of which takes 1.9 MiB."""
 
+ORIGIN = "http://page.example"
 SETTINGS = {"kv_cache_memory_bytes": KV_BYTES, "max_num_seqs": 4, "swap_space_bytes": 0}
 FLAGS = ("--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "4", "--swap-space", "0")
 
@@ -32,7 +33,7 @@ FLAGS = ("--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "4", "--swa
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasProcess]:
     log_path = tmp_path_factory.mktemp("replicas") / "server.log"
-    keys = ("--admin-api-key", "secret")
+    keys = ("--admin-api-key", "secret", "--allowed-origins", ORIGIN)
     server = ReplicasProcess("demo", "--replicas", "2", *keys, *FLAGS, log_path=log_path)
     yield server
     server.http.close()
@@ -89,6 +90,13 @@ def test_the_whole_answers_as_one_server(replicas: ReplicasProcess) -> None:
     assert torn.json()["error"]["code"] == "invalid_json"
     assert replicas.post("/abort", request_id="nobody").status_code == 404
     assert http.get("/").headers["content-type"].startswith("text/html")
+
+
+def test_pages_of_allowed_origins_may_call(replicas: ReplicasProcess) -> None:
+    asked = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    assert replicas.http.options("/v1/completions", headers=asked).status_code == 200
+    answer = replicas.http.get("/v1/models", headers={"origin": ORIGIN})
+    assert answer.headers.get_list("access-control-allow-origin") == [ORIGIN]
 
 
 def test_metrics_and_the_page_map_are_of_both(replicas: ReplicasProcess) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vmalloc import cli
+from vmalloc.engine import EngineConfig
 from vmalloc.errors import ConfigError
 from vmalloc.server import ray as replicas
+from vmalloc.server.ray.local import serve_replicas
 from vmalloc.server.ray.settings import ReplicaConfig, ReplicaSettings
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "serve.yaml"
 Run = Callable[..., tuple[int, str]]
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture
@@ -87,18 +93,21 @@ def test_a_routing_that_is_none() -> None:
         ReplicaConfig(routing="nearest")  # type: ignore[arg-type]
 
 
+@needs_ray
 def test_no_replicas_are_refused(run: Run) -> None:
     code, err = run("demo", "--replicas", "0")
     assert code == cli.EXIT_BAD_INPUT
     assert "num_replicas is 0; it must be between 1 and 1024" in err
 
 
+@needs_ray
 def test_replicas_have_no_socket_of_unix(run: Run, tmp_path: Path) -> None:
     code, err = run("demo", "--replicas", "2", "--uds", str(tmp_path / "socket"))
     assert code == cli.EXIT_BAD_INPUT
     assert "uds is" in err
 
 
+@needs_ray
 def test_a_port_that_is_taken(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -107,6 +116,23 @@ def test_a_port_that_is_taken(run: Run) -> None:
     assert f"port is {port}" in err
 
 
+def test_ranks_of_several_replicas_have_no_port_in_common() -> None:
+    engine = EngineConfig(tensor_parallel_size=2, tensor_parallel_port=4000)
+    with pytest.raises(ConfigError, match="tensor_parallel_port is 4000"):
+        serve_replicas(ReplicaSettings(engine=engine))
+
+
+def test_no_file_of_the_package_needs_ray_to_be_imported_but_those_that_serve_it() -> None:
+    """``vmalloc serve`` and the tests of routing do without."""
+    script = (
+        "import sys; sys.modules['ray'] = None; import vmalloc.server.run, vmalloc.server.ray, "
+        "vmalloc.server.ray.local, vmalloc.server.ray.settings, vmalloc.server.ray.placement, "
+        "vmalloc.server.ray.prefix_keys, vmalloc.server.ray.scaling, vmalloc.server.ray.exchange"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@needs_ray
 def test_a_model_that_is_not_there(run: Run) -> None:
     code, err = run("/nowhere/at/all", "--replicas", "2", "--port", "0")
     assert code == cli.EXIT_BAD_INPUT
