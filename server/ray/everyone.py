@@ -34,10 +34,14 @@ class Everyone:
 
     Args:
         handle: Serve's handle of ``Replica``.
+
+    Attributes:
+        is_draining: set when the application is about to end: streams without an end should.
     """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self.is_draining = False
 
     async def answer(self, request: ReplicaRequest) -> Response | None:
         """The answer to a request that concerns all of them; None for one that concerns one."""
@@ -103,7 +107,7 @@ class Everyone:
         return JSONResponse(merge_frames([_json(reply) for reply in replies]))
 
     async def _frames(self, request: ReplicaRequest) -> AsyncIterator[bytes]:
-        while True:
+        while not self.is_draining:
             try:
                 replies = [one for one in await self.ask(request) if one.status == 200]
             except ApiError as error:
@@ -112,6 +116,7 @@ class Everyone:
             if replies:
                 yield sse.event(merge_frames([_json(reply) for reply in replies]))
             await asyncio.sleep(FRAME_SECONDS)
+        yield sse.event({"state": "draining", "detail": "the server is shutting down"}, "state")
 
     async def _told(self, request: ReplicaRequest) -> Response:
         """What the first one says that does not succeed, or the first one's answer with those of

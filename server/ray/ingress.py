@@ -42,7 +42,6 @@ class Ingress:
         self._forwarder = Forwarder(handle, settings.replicas.route_timeout_s)
         self._everyone = Everyone(handle)
         self._num_live = 0
-        self._is_draining = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """For Serve: the application, with what a lone server does before its routes."""
@@ -63,7 +62,7 @@ class Ingress:
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait for those that there are; whether all ended in time."""
-        self._is_draining = True
+        self._everyone.is_draining = True
         deadline = time.monotonic() + timeout_s
         while self._num_live and time.monotonic() < deadline:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
@@ -86,7 +85,7 @@ class Ingress:
         if response is not None:
             await response(scope, receive, send)
             return
-        if self._is_draining:
+        if self._everyone.is_draining:
             raise ApiError(
                 503,
                 "the server is shutting down",

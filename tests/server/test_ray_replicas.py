@@ -175,7 +175,6 @@ def test_a_killed_replica_loses_only_what_had_started(replicas: ReplicasProcess)
     for thread in threads:
         thread.start()
     time.sleep(0.3)  # all are on their way
-    replicas.may_complain = True
     os.kill(replicas.pid_of(victim), signal.SIGKILL)
     for thread in threads:
         thread.join(DEADLINE_SECONDS)
@@ -206,7 +205,11 @@ def _replica_of(replicas: ReplicasProcess, prompt: str) -> str:
 
 def test_sigterm_lets_requests_end(replicas: ReplicasProcess) -> None:
     stream = Stream(replicas, "def ", max_tokens=1500)
+    seen: list[str] = []
+    watched = threading.Thread(target=_watch, args=(replicas, seen))
+    watched.start()
     stream.wait_text()
+    wait_until(lambda: bool(seen), "a page map comes")
     replicas.process.send_signal(signal.SIGTERM)
     wait_until(
         lambda: replicas.post("/v1/completions", prompt="x", max_tokens=1).status_code == 503,
@@ -216,3 +219,13 @@ def test_sigterm_lets_requests_end(replicas: ReplicasProcess) -> None:
     stream.join()
     assert stream.is_done
     assert stream.error is None
+    watched.join(DEADLINE_SECONDS)
+    assert '"state":"draining"' in seen[-1]
+
+
+def _watch(replicas: ReplicasProcess, seen: list[str]) -> None:
+    """Note every line of the page map's events."""
+    with replicas.http.stream("GET", "/page-map/events") as response:
+        for line in response.iter_lines():
+            if line:
+                seen.append(line)
