@@ -152,6 +152,12 @@ class RankGroup:
                 f"its process is stopped, and a rank may be {self.timeout_s:g} s behind "
                 f"(tensor_parallel_timeout_s; stopped: {named}): {_as_lost(error).reason}",
             )
+        if "timed out" in str(error).lower():
+            return RankLostError(
+                None,
+                f"it is behind: nothing came from it within {self.timeout_s:g} s "
+                f"(tensor_parallel_timeout_s): {first_sentence(error)}",
+            )
         return _as_lost(error)
 
     def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
