@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 TERMINATE_GRACE_S = 1.0
 """Between asking a process to end and making it."""
+
+KILL_GRACE_S = 10.0
+"""Not even this ends a process that a driver holds in the kernel; it is left behind then."""
 
 _SETTLE_S = 1.0
 """What the others get to end by themselves, and say why, once a rank has been lost."""
@@ -125,13 +129,13 @@ class RankProcesses:
         self._signal(signal.SIGTERM)
         self._join(TERMINATE_GRACE_S)
         self._signal(signal.SIGKILL)
-        for thread in self._threads:
-            thread.join()
+        self._join(KILL_GRACE_S)
         for index, handler in self._context.subprocess_handlers.items():
             # Not reaped yet, so the number still means this session; what it started ends with it.
             if index + 1 not in self._taken:
                 _kill_group(self.pids[index + 1], signal.SIGKILL)
-            handler.proc.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                handler.proc.wait(KILL_GRACE_S)
         with _quiet_launcher():
             self._context.close(timeout=1)
 
@@ -169,7 +173,7 @@ class RankProcesses:
 
 def _environment(rank: int, size: int, port: int, num_threads: int) -> dict[str, str]:
     variables = rank_variables(rank, size, port)
-    variables["VMALLOC_RANK_PATH"] = json.dumps(sys.path)
+    variables["VMALLOC_RANK_PATH"] = json.dumps([one for one in sys.path if isinstance(one, str)])
     variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(num_threads))
     variables["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "0")
     return variables
