@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, TCPStore
 
 _BACKLOG = 128
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "wait timeout after",
+)
+"""What gloo and the store say of a peer that is gone or behind."""
 MAX_REPORT_CHARS = 4_000
 
 
@@ -132,10 +139,8 @@ def read_report(store: Store, rank: int) -> RankReport | None:
 
 
 def is_consequence(said: RankReport) -> bool:
-    """Whether a rank ended because it lost another."""
-    return said.kind == RankLostError.__name__ or any(
-        sign in said.text for sign in ("Connection closed by peer", "Connection reset by peer")
-    )
+    """Whether a rank ended because it lost another, or waited for it in vain."""
+    return said.kind == RankLostError.__name__ or any(sign in said.text for sign in _SIGNS)
 
 
 def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: float) -> RankChannel:

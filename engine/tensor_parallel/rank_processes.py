@@ -88,6 +88,7 @@ class RankProcesses:
         self._changed = threading.Condition()
         self._ends: list[RankEnd] = []
         self._is_ending = False
+        self._were_stopped: set[int] = set()
         self._taken: set[int] = set()  # ranks that somebody else has waited for
         self._context = _launch(
             {rank: _environment(rank, size, port, num_threads) for rank in range(1, size)},
@@ -115,8 +116,9 @@ class RankProcesses:
             return self._changed.wait_for(lambda: bool(self._ends), seconds)
 
     def stopped(self) -> list[int]:
-        """Ranks whose processes are stopped, by SIGSTOP or a debugger."""
-        return [rank for rank, pid in self.pids.items() if _process_state(pid) in ("T", "t")]
+        """Ranks whose processes are stopped, by SIGSTOP or a debugger, or were until ended here."""
+        now = {rank for rank, pid in self.pids.items() if _process_state(pid) in ("T", "t")}
+        return sorted(now | self._were_stopped)
 
     def end(self, grace_s: float) -> None:
         """Wait ``grace_s`` for the processes to end, then ask them to, then make them."""
@@ -124,8 +126,7 @@ class RankProcesses:
             self._is_ending = True
             self._changed.notify_all()
         self._join(grace_s)
-        for rank in self.stopped():  # these hear nothing else
-            _kill_group(self.pids[rank], signal.SIGKILL)
+        self._signal(signal.SIGKILL, self.stopped())  # these hear nothing else
         self._signal(signal.SIGTERM)
         self._join(TERMINATE_GRACE_S)
         self._signal(signal.SIGKILL)
@@ -144,9 +145,10 @@ class RankProcesses:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _signal(self, number: signal.Signals) -> None:
-        for thread, pid in zip(self._threads, self.pids.values(), strict=True):
-            if thread.is_alive():
+    def _signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """Send it to all, or to ``ranks``, as far as they have not ended."""
+        for thread, (rank, pid) in zip(self._threads, self.pids.items(), strict=True):
+            if thread.is_alive() and (ranks is None or rank in ranks):
                 _kill_group(pid, number)
 
     def _watch(self, rank: int) -> None:
@@ -167,6 +169,7 @@ class RankProcesses:
             if self._is_ending:
                 return
             self._is_ending = True
+        self._were_stopped.update(self.stopped())
         self._signal(signal.SIGKILL)
         self._on_loss()
 
