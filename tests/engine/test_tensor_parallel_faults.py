@@ -28,6 +28,9 @@ from vmalloc.engine.tensor_parallel.leader import MAX_VOID_PLANS
 from vmalloc.engine.tensor_parallel.loading import load_parallel_engine
 
 SHAPE = "4x2x16"
+FEW_PAGES = 32
+"""Of 120 that the cap allows: too few for a workload at once."""
+
 LIMIT_S = 10.0
 """Within which the loss of a rank must be known (and a test ends that would hang)."""
 
@@ -111,14 +114,14 @@ def test_a_rank_runs_out_fails_and_dies(faulty: Faulty, reference: Reference) ->
     with faulty.start() as engine:
         # Its system refuses pages long before the cap that all ranks have. So all stop there, what
         # others created for a grant that it refused goes back, and the scheduler preempts.
-        faulty.now(f"little_memory {20 * PAGE}")
+        faulty.now(f"little_memory {FEW_PAGES * PAGE}")
         check_agreement(engine, reference, 1)
         check_agreement(engine, reference, 2)
         assert engine.leader.times.num_void == 0
         assert engine.stats().preempt_recompute > 0
         reports = engine.leader.reports()
-        assert max(report.kv_stats.created_pages for report in reports) <= 20
-        assert engine.backend.granted_pages <= 20
+        assert max(report.kv_stats.created_pages for report in reports) <= FEW_PAGES
+        assert engine.backend.granted_pages <= FEW_PAGES
 
         # It cannot carry out some plans: they take effect on no rank.
         faulty.now("cannot_map 7")
