@@ -65,6 +65,15 @@ FOUR_RANKS: dict[str, tuple[Any, int, int]] = {
     "two KV heads, biases": (shape("qwen2", 8, 2), 2, 1),
     "one KV head": (shape("llama", 4, 1), 1, 1),
 }
+# Model, then what its plan is made to lack -> the rule, and how the model is refused.
+FORGOTTEN = {
+    "mixtral sum": ("layers.*.mlp.experts", "its forward pass fails when sharded: "),
+    "mixtral experts": (
+        "layers.*.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts is summed over ranks, and gate_up_proj is not sharded",
+    ),
+    "llama output": ("layers.*.self_attn.o_proj", "its forward pass fails when sharded: "),
+}
 GENERATING = {"llama", "gemma2", "one KV head", "two KV heads", "demo"}
 ADMITTED = [
     architecture
@@ -104,10 +113,10 @@ class Group:
         self.folders[name] = str(folder)
         return folder
 
-    def run(self, probed: set[str], generating: set[str]) -> None:
+    def run(self, probed: set[str], **forgotten: str) -> None:
         meeting = self._folder / "ranks"
         meeting.mkdir()
-        work = (self.folders, probed, generating)
+        work = (self.folders, probed, GENERATING, forgotten)
         self.reports = run_on_ranks(self.size, examine_all, meeting, *work)
 
     def of(self, name: str) -> list[RankReport]:
@@ -131,7 +140,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Group:
     tensors = load_file(path)
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, path, {"format": "pt"})
-    group.run({*TWO_RANKS, "demo"}, GENERATING)
+    for name in FORGOTTEN:
+        group.add(name, TWO_RANKS[name.split()[0]][0])
+    group.run({*TWO_RANKS, "demo"}, **{name: rule for name, (rule, _) in FORGOTTEN.items()})
     return group
 
 
@@ -140,7 +151,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Group:
     group = Group(4, tmp_path_factory.mktemp("four"))
     for name, (config, _, _) in FOUR_RANKS.items():
         group.add(name, config)
-    group.run(set(FOUR_RANKS), GENERATING)
+    group.run(set(FOUR_RANKS))
     return group
 
 
@@ -267,6 +278,22 @@ def test_every_rank_refuses_a_model_without_a_plan(two: Group) -> None:
         kind, text = reports["gpt2"].error
         assert kind == "UnsupportedModelError"
         assert f"{PLAN_CHECK}: transformers {hf.__version__} has none for GPT2Config" in text
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_every_rank_refuses_a_plan_that_misses_a_rule(two: Group, name: str) -> None:
+    for reports in two.reports:
+        kind, text = reports[name].error
+        assert kind == "UnsupportedModelError"
+        assert f"{PLAN_CHECK}: {FORGOTTEN[name][1]}" in text
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_every_rank_refuses_a_model_on_which_the_ranks_disagree(two: Group, name: str) -> None:
+    for report in two.of(name):
+        assert f"m is not supported: {PLAN_CHECK}: hidden states differ between ranks by" in (
+            report.disagreement
+        )
 
 
 def test_every_rank_refuses_a_checkpoint_with_gaps(two: Group) -> None:
