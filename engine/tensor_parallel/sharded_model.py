@@ -46,7 +46,7 @@ def load_sharded_model(
     Raises as ``load_model`` and ``check_shardable`` do.
     """
     config, is_local, torch_dtype = read_config(name, dtype, device)
-    check_shardable(name, config, size, device)
+    check_shardable(name, config, size)
     outline: Any = outline_model(name, dtype, device)
     plan = _complete_plan(outline, size)
     kv_projections = _replicated_projections(outline, plan, size)
@@ -96,7 +96,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-_OPTIONAL_STYLES = frozenset({"colwise_gather_output", "colwise_rep", "embedding_rowwise"})
+_OPTIONAL_STYLES = frozenset({"colwise_gather_output", "embedding_rowwise"})
 """Styles whose output is whole on every rank; so it is where the weights are whole, too."""
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 
 from ...errors import ConfigError
@@ -21,17 +20,13 @@ EXACT_STYLES = frozenset(
         "colwise",
         "rowwise",
         "colwise_gather_output",
-        "colwise_rep",
         "rowwise_split_input",
-        "rowwise_rep",
         "embedding_rowwise",
         "packed_colwise",
-        "packed_rowwise",
         "moe_tp_experts",
         "moe_identity_expert",
         "mla_kv_a_proj",
         "replicated_with_grad_allreduce",
-        "replicate",
     }
 )
 """How a plan may shard a module: ways that were seen to give the logits of the whole model."""
@@ -42,21 +37,17 @@ _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermed
 """Config entries that a plan cuts in equal parts."""
 
 
-def check_shardable(
-    name: str, hf_config: Any, size: int, device: torch.device | None = None
-) -> None:
+def check_shardable(name: str, hf_config: Any, size: int) -> None:
     """Raise unless a model can be sharded over ``size`` ranks; takes milliseconds.
 
     Args:
         name: of the model, for the error.
         hf_config: its transformers config.
         size: ranks.
-        device: a device of the kind that the ranks compute on. None: there are enough.
 
     Raises ``UnsupportedModelError`` for a model that transformers has no plan for or whose plan
     cannot be followed exactly, and ``ConfigError`` for a number of ranks that does not fit.
     """
-    _check_devices(size, device)
     if size == 1:
         return
     config = hf_config.get_text_config(decoder=True)
@@ -134,16 +125,6 @@ def _number(name: str, config: Any, entry: str) -> int | None:
     raise UnsupportedModelError(
         name, PLAN_CHECK, f"{entry} is {value}; it must be the same in all layers"
     )
-
-
-def _check_devices(size: int, device: torch.device | None) -> None:
-    if device is None or device.type != "cuda":
-        return
-    count = torch.cuda.device_count()
-    if size > count:
-        raise ConfigError(
-            f"tensor_parallel_size is {size}; there are {count} GPUs, and each rank needs one"
-        )
 
 
 def _check_kv_heads(name: str, num_kv_heads: int, plan: dict[str, str], size: int) -> None:
