@@ -25,6 +25,8 @@ from .engine_thread import EngineSnapshot
 from .errors import (
     EngineUnavailableError,
     QueueFullError,
+    RankLostError,
+    RankMismatchError,
     RequestAbortedError,
     RequestTimeoutError,
     UnsupportedModelError,
@@ -60,6 +62,8 @@ __all__ = [
     "PageRun",
     "PrefixCacheStats",
     "QueueFullError",
+    "RankLostError",
+    "RankMismatchError",
     "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",

@@ -144,15 +144,14 @@ class RankGroup:
         is_late = isinstance(error, RankLostError) and "behind" in error.reason
         if self._processes.wait_end(0.0 if is_late else _EXPLAIN_S):
             return self._lost(self._processes.ends)
-        stopped = self._processes.stopped()
-        if stopped:
-            named = ", ".join(map(str, stopped))
+        stopped = self._stopped(_as_lost(error).reason)
+        if stopped is None and "timed out" in str(error).lower():
             return RankLostError(
-                stopped[0],
-                f"its process is stopped, and a rank may be {self.timeout_s:g} s behind "
-                f"(tensor_parallel_timeout_s; stopped: {named}): {_as_lost(error).reason}",
+                None,
+                f"it is behind: nothing came from it within {self.timeout_s:g} s "
+                f"(tensor_parallel_timeout_s): {first_sentence(error)}",
             )
-        return _as_lost(error)
+        return stopped or _as_lost(error)
 
     def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """End the other ranks and take back everything that was set up. May be called again.
@@ -222,10 +221,26 @@ class RankGroup:
         if all(self._is_consequence(end) for end in ends):
             time.sleep(_SECOND_END_S)
             ends = self._processes.ends if self._processes is not None else ends
-        causes = [end for end in ends if not self._is_consequence(end)] or ends
+        causes = [end for end in ends if not self._is_consequence(end)]
+        if not causes:
+            stopped = self._stopped(f"rank {ends[0].rank} has ended")
+            if stopped is not None:
+                return stopped
+            causes = ends
         reported = self._reported(causes[0].rank)
         reason = str(causes[0]) if reported is None else f"{causes[0]}: {reported}"
         return RankLostError(causes[0].rank, reason)
+
+    def _stopped(self, what: str) -> RankLostError | None:
+        """The error for ranks whose processes are stopped, if there are any."""
+        stopped = self._processes.stopped() if self._processes is not None else []
+        if not stopped:
+            return None
+        return RankLostError(
+            stopped[0],
+            f"its process is stopped, and a rank may be {self.timeout_s:g} s behind "
+            f"(tensor_parallel_timeout_s; stopped: {', '.join(map(str, stopped))}): {what}",
+        )
 
     def _is_consequence(self, end: RankEnd) -> bool:
         reported = self._reported(end.rank)

@@ -6,6 +6,8 @@ Owns: nothing.  Thread-safety: none.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import torch
 import transformers as hf
 
 from tests.engine.conftest import CONFIGS, VOCAB_SIZE
-from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
+from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams, UnsupportedModelError
 from vmalloc.engine.cache_factory import CacheFactory
 from vmalloc.engine.devices import module_device
 from vmalloc.engine.fused.choice import choose_fused
 from vmalloc.engine.model_loader import context_tokens, vocab_size
-from vmalloc.engine.probe import probe_model
-from vmalloc.engine.tensor_parallel.sharded_model import load_sharded_model
+from vmalloc.engine.probe import probe_model, restore_attention
+from vmalloc.engine.tensor_parallel.sharded_model import check_ranks_agree, load_sharded_model
 
 CPU = torch.device("cpu")
 TOKEN_IDS = [1, 2, 3, 50, 60, 70, 80, 3, 9, 11, 4, 6, 90, 8, 7, 5]
@@ -39,6 +41,7 @@ class RankReport:
         num_heads, num_kv_heads: that reached attention in the probe.
         local_bytes: of the weights that this process holds.
         fused_refusal: why the fused decoder does not compute it.
+        disagreement: what is said of it once another rank has changed a weight.
         token_ids: greedy completions of ``PROMPTS`` by an engine.
     """
 
@@ -53,6 +56,7 @@ class RankReport:
     is_tied: bool = False
     fused_refusal: Any = None
     same_environment: bool = False
+    disagreement: str = ""
     token_ids: list[list[int]] = field(default_factory=list)
 
 
@@ -99,21 +103,44 @@ def greedy(model: Any) -> list[list[int]]:
 
 
 def examine_all(
-    rank: int, size: int, folders: dict[str, str], probed: set[str], generating: set[str]
+    rank: int,
+    size: int,
+    folders: dict[str, str],
+    probed: set[str],
+    generating: set[str],
+    forgotten: dict[str, str],
 ) -> dict[str, RankReport]:
-    """A report on each checkpoint; those in ``probed`` and ``generating`` get a closer look."""
+    """A report on each checkpoint; those in ``probed`` and ``generating`` get a closer look.
+
+    ``forgotten`` are rules that the plan of a model's class lacks while it is loaded.
+    """
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     reports = {}
     for key, folder in folders.items():
         try:
-            reports[key] = _examine(rank, size, folder, key in probed)
+            with forgetting(folder, forgotten.get(key)):
+                reports[key] = _examine(rank, size, folder, key in probed)
             if key in generating:
                 model = load_sharded_model(folder, "float32", CPU, rank, size)
                 reports[key].token_ids = greedy(model)
         except Exception as error:
             reports[key] = RankReport(error=(type(error).__name__, str(error)))
     return reports
+
+
+@contextmanager
+def forgetting(folder: str, rule: str | None) -> Iterator[None]:
+    """Inside, the plan of a checkpoint's config class lacks a rule."""
+    config_class: Any = type(hf.AutoConfig.from_pretrained(folder))
+    plan = config_class.base_model_tp_plan
+    if rule is not None:
+        config_class.base_model_tp_plan = {key: plan[key] for key in plan if key != rule}
+        assert config_class.base_model_tp_plan != plan
+    try:
+        yield
+    finally:
+        config_class.base_model_tp_plan = plan
 
 
 def _examine(rank: int, size: int, folder: str, is_probed: bool) -> RankReport:
@@ -138,4 +165,18 @@ def _examine(rank: int, size: int, folder: str, is_probed: bool) -> RankReport:
         report.fused_refusal = choose_fused(
             model, seen, caches, EngineConfig(), context_tokens(model)
         )
+        restore_attention(model, "eager")
+        report.disagreement = _disagreement(rank, model)
     return report
+
+
+def _disagreement(rank: int, model: Any) -> str:
+    check_ranks_agree("m", model)
+    *_, norm = (weight for name, weight in model.named_parameters() if "norm" in name)
+    with torch.no_grad():
+        norm.add_(float(rank))
+    try:
+        check_ranks_agree("m", model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,8 @@ from tests.engine.ranks import (
 )
 from vmalloc.engine.errors import RankLostError
 from vmalloc.engine.tensor_parallel.rank_group import RankGroup
+from vmalloc.engine.tensor_parallel.rank_join import host_store
+from vmalloc.errors import ClosedError
 
 ROOT = Path(__file__).resolve().parents[2]
 BEHIND_S = 1.0
@@ -102,19 +105,22 @@ def test_a_rank_killed_while_rank_0_waits_for_another(nothing_left: dict[int, in
         with pytest.raises(RankLostError) as caught:
             group.channel.least([1])
         assert group.explain(caught.value).rank == 2
+        with pytest.raises(RankLostError, match="an earlier vote did not get through: the conn"):
+            group.channel.send(b"")
         assert time.monotonic() - started < LIMIT_S
 
 
 def test_a_stopped_rank_is_behind(nothing_left: dict[int, int]) -> None:
-    with start(2, timeout_s=BEHIND_S) as group:
+    with start(3, timeout_s=BEHIND_S) as group:
         nothing_left.update(pids_of(group))
-        os.kill(nothing_left[1], signal.SIGSTOP)
+        os.kill(nothing_left[2], signal.SIGSTOP)
+        order(group, "vote", [[1], [1]])  # rank 1 gives up too
         with pytest.raises(RankLostError) as caught:
             group.channel.least([1])
-        assert caught.value.rank == 1
+        assert caught.value.rank == 2
         assert "it is behind: no vote from it within 1 s" in caught.value.reason
         explained = group.explain(caught.value)
-        assert explained.rank == 1
+        assert explained.rank == 2
         assert explained.reason.startswith("its process is stopped, and a rank may be 1 s behind")
 
 
@@ -137,7 +143,11 @@ def test_a_rank_that_cannot_start(nothing_left: dict[int, int]) -> None:
 
 
 def test_ranks_that_are_told_to_stop_end_in_order(nothing_left: dict[int, int]) -> None:
-    group = start(2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = start(2, port=port)
+    assert group.port == port
     nothing_left.update(pids_of(group))
     order(group, "stop")
     assert group._processes is not None
@@ -145,9 +155,12 @@ def test_ranks_that_are_told_to_stop_end_in_order(nothing_left: dict[int, int]) 
     with pytest.raises(RankLostError, match="ended with exit code 0"):
         group.check()
     group.close()
+    with pytest.raises(ClosedError):
+        group.check()
+    host_store(port, LIMIT_S)  # the port is free again
 
 
-def test_ranks_end_with_rank_0(tmp_path: Path) -> None:
+def test_ranks_end_with_rank_0() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", OWN_SCRIPT],
         cwd=ROOT,
