@@ -6,7 +6,6 @@ Thread-safety: none; one thread calls everything.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -403,11 +402,7 @@ class LLMEngine:
         finally:
             self._lease.give_back()
             if self._leader is not None:
-                self._leader.close()
-                # Sharded weights know their process group, which has sockets; and a module whose
-                # forward was replaced is in a cycle with it.
-                self._model = torch.nn.Module()
-                gc.collect()
+                self._leader.close(self._model)
 
     def __enter__(self) -> LLMEngine:
         return self

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch.distributed import DistError
 
 from ...errors import InvariantError, VmallocError
@@ -26,6 +27,7 @@ from .messages import encode as encode_message
 from .rank_cache import RankCache
 from .rank_group import RankGroup
 from .rank_report import RankReport
+from .rank_share import forget_groups
 
 logger = logging.getLogger(__name__)
 
@@ -254,14 +256,16 @@ class RankLeader:
                     f"the KV cache of rank {rank} differs from that of rank 0: {differences[0]}"
                 )
 
-    def close(self) -> None:
-        """End the other ranks. Idempotent."""
+    def close(self, model: torch.nn.Module | None = None) -> None:
+        """End the other ranks; ``model``, which they share, is of no use then. Idempotent."""
         if self.failure is None:
             try:
                 self._group.channel.send(encode_message(Stop()))
             except VmallocError as error:  # it is gone, or was closed already
                 logger.debug("a rank could not be told to stop: %s", error)
         self._group.close()
+        if model is not None:
+            forget_groups(model)
 
     @property
     def _attached(self) -> PlanningKVCache:

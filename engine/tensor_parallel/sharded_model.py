@@ -51,7 +51,10 @@ def load_sharded_model(
     plan = _complete_plan(outline, size)
     kv_projections = _replicated_projections(outline, plan, size)
     own_plan = {key: plan[key] for key in plan if key not in kv_projections}
-    model_class = _placed(type(outline), device, size)
+    group = dist.group.WORLD
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("tp",))
+    model_class = _placed(type(outline), device, _Mesh(mesh))
     try:
         model, loading = model_class.from_pretrained(
             name,
@@ -71,7 +74,7 @@ def load_sharded_model(
     share = RankShare(rank, size, has_whole_heads(plan))
     if kv_projections:
         _keep_own_kv_head(model, kv_projections, share)
-    mark_share(model, share)
+    mark_share(model, share, mesh)
     check_ranks_agree(name, model)
     module: torch.nn.Module = model.eval()
     return module
@@ -113,15 +116,12 @@ def _overrides(outline: Any, plan: dict[str, str]) -> dict[str, str]:
     return plan
 
 
-def _placed(model_class: type[Any], device: torch.device, size: int) -> type[Any]:
-    """``model_class`` as a class that loads onto ``device``, sharded over the default group.
+def _placed(model_class: type[Any], device: torch.device, mesh: _Mesh) -> type[Any]:
+    """``model_class`` as a class that loads onto ``device``, sharded over ``mesh``.
 
     Left to itself transformers would choose the device by what the machine has and the
     environment says, and ask for a library that is used only over several devices.
     """
-    group = dist.group.WORLD
-    assert group is not None
-    mesh = _Mesh(DeviceMesh.from_group(group, device.type, mesh_dim_names=("tp",)))
 
     class Placed(model_class):  # type: ignore[misc]
         @classmethod
