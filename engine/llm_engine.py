@@ -113,6 +113,7 @@ class LLMEngine:
         self._leader = leader
         if leader is not None:
             self._backend = leader.attach(parts)  # gives all of it back if that fails
+            leader.end_with(self, model)
         self.fused_refusal = parts.fused_refusal
         self._clock = clock
         self._timer = StepTimer(parts.stream.device, clock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,10 @@ class RankLeader:
             raise
         parts.runner.leader = self
         return planner
+
+    def end_with(self, owner: object, model: torch.nn.Module) -> None:
+        """End the other ranks when ``owner`` is collected, if nobody closed it before."""
+        weakref.finalize(owner, _end, self._group, model).atexit = False  # the group sees to that
 
     def check(self) -> None:
         """Raise what ended the ranks, or would: one of them is gone."""
@@ -307,6 +312,11 @@ class RankLeader:
         self.failure = failure
         self._group.close(0.0)
         raise failure from cause
+
+
+def _end(group: RankGroup, model: torch.nn.Module) -> None:
+    group.close(0.0)
+    forget_groups(model)
 
 
 def _is_between_ranks(error: BaseException | None) -> bool:
