@@ -25,6 +25,7 @@ from .engine_thread import EngineSnapshot
 from .errors import (
     EngineUnavailableError,
     QueueFullError,
+    RankLostError,
     RequestAbortedError,
     RequestTimeoutError,
     UnsupportedModelError,
@@ -60,6 +61,7 @@ __all__ = [
     "PageRun",
     "PrefixCacheStats",
     "QueueFullError",
+    "RankLostError",
     "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",

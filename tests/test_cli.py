@@ -160,7 +160,7 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
         *("generate", "--json", "-p", "def ", "-p", "x = 1\n" * 60, "--max-tokens", "4"),
         *("--kv-cache-memory-bytes", str(4 * 65536)),
     )
-    assert code == cli.EXIT_FAILED_REQUEST
+    assert code == cli.EXIT_FAILED
     outputs = json.loads(out)["outputs"]
     assert outputs[0]["finish_reason"] == "length"
     assert outputs[1]["finish_reason"] == "error"

@@ -32,7 +32,7 @@ from .prompt_text import TextPrinter, read_prompts
 if TYPE_CHECKING:
     from .engine import LLM, EngineConfig, RequestOutput
 
-EXIT_FAILED_REQUEST = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
@@ -90,6 +90,9 @@ def generate(
     priority: options.Priority = None,
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_port: options.TensorParallelPort = None,
+    tensor_parallel_timeout: options.TensorParallelTimeout = 60.0,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
     prompts = read_prompts(prompt or [], prompts_file)
@@ -127,7 +130,7 @@ def generate(
     for error in errors:
         _complain(error)
     if errors:
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -187,6 +190,9 @@ def serve(
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     seed: serving.EngineSeed = 0,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_port: options.TensorParallelPort = None,
+    tensor_parallel_timeout: options.TensorParallelTimeout = 60.0,
 ) -> None:
     """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
     model = _one_model(context, model_argument, model)
@@ -290,7 +296,7 @@ def bench(
     else:
         Console().print(bench_report(result))
     if result.failures or result.num_unfinished:
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -321,6 +327,7 @@ def ab(
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
 ) -> None:
     """Compare KV caches side by side: the same seeded requests, in turns, over one model.
 
@@ -352,7 +359,7 @@ def ab(
         config=EngineConfig(**_engine_settings(context.params)),
     )
     if not compare_backends(settings, json_file, html_file):
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -445,6 +452,8 @@ def _engine_settings(params: Mapping[str, Any]) -> dict[str, Any]:
     settings["swap_space_bytes"] = None if num_gib is None else int(num_gib * 2**30)
     settings["commit_ahead_tokens"] = params["commit_ahead"]
     settings["seed"] = params["seed"] or 0
+    if "tensor_parallel_timeout" in params:
+        settings["tensor_parallel_timeout_s"] = params["tensor_parallel_timeout"]
     return settings
 
 
@@ -504,7 +513,16 @@ def main() -> None:
         app()
     except VmallocError as error:
         _complain(error)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: VmallocError) -> int:
+    """Bad input, but for a rank that was lost: nothing that was typed is at fault there."""
+    if "vmalloc.engine" not in sys.modules:  # only an engine has ranks
+        return EXIT_BAD_INPUT
+    from .engine import RankLostError
+
+    return EXIT_FAILED if isinstance(error, RankLostError) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":
