@@ -38,6 +38,7 @@ from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
 from .startup import StartupPhase, StartupPhases
+from .tensor_parallel.rank_report import RankReport, page_map_of_all, stats_of_all
 from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "PrefixCacheStats",
     "QueueFullError",
     "RankLostError",
+    "RankReport",
     "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",
@@ -78,4 +80,6 @@ __all__ = [
     "UnsupportedModelError",
     "VmallocError",
     "load_engine",
+    "page_map_of_all",
+    "stats_of_all",
 ]

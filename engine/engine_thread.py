@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..backend import KVCacheStats, PrefixCacheStats
 from .errors import RankLostError
@@ -20,7 +21,11 @@ from .llm_engine import LLMEngine
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
 from .schedule import SchedulerStats
+from .tensor_parallel.rank_report import stats_of_all
 from .token_counts import TokenStats
+
+if TYPE_CHECKING:
+    from .tensor_parallel.leader import PlanTimes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,8 @@ class EngineSnapshot:
         is_asleep: whether its memory was given back for now.
         num_live_requests: requests that have not ended.
         num_queued: of those, ones that no step has taken up yet.
+        num_ranks: processes that compute together; bytes of ``kv`` are those of all of them.
+        plan_times: what it took to have them do the same; None for one alone.
     """
 
     time: float
@@ -68,6 +75,8 @@ class EngineSnapshot:
     is_asleep: bool
     num_live_requests: int
     num_queued: int
+    num_ranks: int = 1
+    plan_times: PlanTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +184,7 @@ class EngineThread:
         self.snapshot = EngineSnapshot(
             time=time.monotonic(),
             scheduler=engine.stats(),
-            kv=engine.kv_stats(),
+            kv=stats_of_all(engine.kv_stats(), engine.num_ranks),
             prefix=engine.prefix_stats(),
             tokens=engine.token_stats(),
             num_steps=self._num_steps,
@@ -183,6 +192,8 @@ class EngineThread:
             is_asleep=engine.is_asleep,
             num_live_requests=len(self._live),
             num_queued=len(self._unstarted),
+            num_ranks=engine.num_ranks,
+            plan_times=None if engine.leader is None else replace(engine.leader.times),
         )
 
     def _run(self) -> None:
