@@ -364,17 +364,20 @@ def ab(
 
 @app.command()
 def top(
-    url: Annotated[str, typer.Argument(help="Where the server is, e.g. http://localhost:8000.")],
+    url: Annotated[
+        list[str],
+        typer.Argument(help="Where the server is, e.g. http://localhost:8000. Repeatable."),
+    ],
     api_key: Annotated[
         str | None,
-        typer.Option(help="Key that the server asks for.", envvar="VMALLOC_API_KEY"),
+        typer.Option(help="Key that the servers ask for.", envvar="VMALLOC_API_KEY"),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print frames as JSON, one a line.")
+        bool, typer.Option("--json", help="Print frames as JSON, one a line, with their url.")
     ] = False,
 ) -> None:
-    """Watch the pages of a running server in the terminal. Ctrl-C ends it."""
+    """Watch the pages of running servers in the terminal. Ctrl-C ends it."""
     _check_extra("server", ("httpx",))
     from .server.top import top as run_top
 
