@@ -400,17 +400,29 @@ def info(as_json: options.AsJson = False) -> None:
 
 def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> None:
     """The figures of the KV memory; with ``as_json`` the outputs too, in one object."""
-    from .memory_table import memory_report, memory_summary
+    from .engine import stats_of_all
+    from .memory_table import memory_report, memory_summary, rank_report
 
-    stats, scheduler, prefixes = llm.kv_stats(), llm.engine.stats(), llm.engine.prefix_stats()
+    engine, num_ranks = llm.engine, llm.engine.num_ranks
+    stats, scheduler = stats_of_all(llm.kv_stats(), num_ranks), engine.stats()
+    prefixes, reports = engine.prefix_stats(), engine.rank_reports()
     max_model_len = llm.config.max_model_len or 0
-    max_length_bytes = stats.peak_live_seqs * llm.engine.backend.bytes_for(max_model_len)
+    longest_bytes = num_ranks * engine.backend.bytes_for(max_model_len)
+    max_length_bytes = stats.peak_live_seqs * longest_bytes
     if as_json:
         result = {
             "outputs": [entry for output in outputs for entry in _output_dicts(output)],
             "memory": memory_summary(stats, max_length_bytes),
-            "kernel": llm.engine.kernel_name,
-            "forward": llm.engine.forward_name,
+            "ranks": [
+                {
+                    "rank": report.rank,
+                    "peak_rss_bytes": report.peak_rss_bytes,
+                    "memory": memory_summary(report.kv_stats, max_length_bytes // num_ranks),
+                }
+                for report in reports
+            ],
+            "kernel": engine.kernel_name,
+            "forward": engine.forward_name,
             "scheduler": asdict(scheduler),
             "prefix_cache": {**asdict(prefixes), "misses": dict(prefixes.misses)},
         }
@@ -423,8 +435,18 @@ def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> No
         ("Prompt tokens from the cache", prefixes.hit_tokens, f"of {prefixes.queried_tokens}"),
     )
     console.print(
-        memory_report(stats, max_length_bytes, max_model_len, width=console.width, events=events)
+        memory_report(
+            stats,
+            max_length_bytes,
+            max_model_len,
+            width=console.width,
+            events=events,
+            num_ranks=num_ranks,
+        )
     )
+    if reports:
+        ranks = [(report.kv_stats, report.peak_rss_bytes) for report in reports]
+        console.print(rank_report(ranks))
 
 
 def _output_dicts(output: RequestOutput) -> Iterator[dict[str, object]]:
@@ -504,6 +526,7 @@ def _prepare_process(model: str | None) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # for other ranks
 
 
 def _complain(text: object) -> None:
