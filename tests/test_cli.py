@@ -42,7 +42,10 @@ def test_json_is_one_object_and_nothing_else_on_stdout():
         check=True,
     )
     document = json.loads(result.stdout)
-    assert set(document) == {"outputs", "memory", "kernel", "forward", "scheduler", "prefix_cache"}
+    assert set(document) == {
+        *("outputs", "memory", "ranks", "kernel", "forward", "scheduler", "prefix_cache"),
+    }
+    assert document["ranks"] == []  # one process is no rank
     assert [output["prompt"] for output in document["outputs"]] == ["def ", "import "]
     for output in document["outputs"]:
         assert set(output) == OUTPUT_KEYS
