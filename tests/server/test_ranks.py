@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.chromium import launched_chromium
 from vmalloc.server.rank_families import PLAN_COUNTERS, RANK_COUNTERS, RANK_GAUGES
 
 from .process import REPOSITORY, ServerProcess, running_server, wait_until
@@ -121,6 +121,22 @@ class TestViews:
         lines = result.stdout.splitlines()
         assert [line.split()[1] for line in lines if line.startswith("rank ")] == ["0", "1"]
         assert "of 32.0 MiB in use" in result.stdout
+
+    def test_the_page_shows_all_ranks_or_one(self, server: ServerProcess) -> None:
+        with launched_chromium() as browser:
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            complaints: list[str] = []
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(f"{server.url}/")
+            page.locator("#ranks:not([hidden])").wait_for()
+            names = page.locator("#ranks label").all_text_contents()
+            assert names == ["All 2 ranks", "Rank 0", "Rank 1"]
+            assert page.locator("#capacity").text_content() == "32 MiB"
+            page.locator("#ranks input").nth(2).check(force=True)
+            assert page.locator("#capacity").text_content() == "16 MiB"
+            rows = page.locator("#rank-figures tbody th").all_text_contents()
+            assert rows == ["Rank 0", "Rank 1"]
+            assert complaints == []
 
     def test_top_shows_several_servers_and_outlives_one_that_is_away(
         self, server: ServerProcess
