@@ -395,7 +395,7 @@ void bind_pool(py::module_& m) {
       .def("trim", &PagePool::trim, py::arg("keep_free"), NoGil())
       .def("set_max_pages", &PagePool::set_max_pages, py::arg("max_pages"), NoGil())
       .def("try_grant", &PagePool::try_grant, py::arg("num_pages"), NoGil())
-      .def("revoke_grant", &PagePool::revoke_grant, py::arg("num_pages"), NoGil())
+      .def("end_grant", &PagePool::end_grant, py::arg("num_pages"), py::arg("keeps_pages"), NoGil())
       .def("check_invariants", &PagePool::check_invariants, py::arg("live"), py::arg("held"),
            py::arg("cached"), py::arg("retired"), NoGil())
       .def("stats", [](const PagePool& pool) {
@@ -493,7 +493,7 @@ void bind_arena(py::module_& m) {
       .def("resize", &KVArena::resize, py::arg("max_pages"), py::arg("low_pages") = 0,
            py::arg("high_pages") = SIZE_MAX, NoGil())
       .def("try_grant", &KVArena::try_grant, py::arg("num_pages"), NoGil())
-      .def("revoke_grant", &KVArena::revoke_grant, py::arg("num_pages"), NoGil())
+      .def("end_grant", &KVArena::end_grant, py::arg("num_pages"), py::arg("keeps_pages"), NoGil())
       .def("set_low_pages", &KVArena::set_low_pages, py::arg("low_pages"), NoGil())
       .def("max_pages", &KVArena::max_pages, NoGil())
       .def("mapped_rows", &KVArena::mapped_rows, py::arg("slot"), NoGil())

@@ -169,9 +169,9 @@ class KVArena {
   /// New cap and watermarks. Pages in use beyond the cap leave as they are freed.
   void resize(std::size_t max_pages, std::size_t low_pages, std::size_t high_pages);
   void set_low_pages(std::size_t low_pages);  ///< Move the low watermark alone.
-  /// Have so many pages created, and never more without being asked again; see PagePool::try_grant.
+  /// Have so many pages created, and no more without being asked again; see PagePool::try_grant.
   [[nodiscard]] bool try_grant(std::size_t num_pages);
-  void revoke_grant(std::size_t num_pages);
+  void end_grant(std::size_t num_pages, bool keeps_pages);
 
   /// Rows of the slot that are mapped in every region and not retired.
   [[nodiscard]] std::size_t mapped_rows(std::uint32_t slot);

@@ -255,9 +255,9 @@ bool KVArena::try_grant(std::size_t num_pages) {
   return pool_.try_grant(num_pages);
 }
 
-void KVArena::revoke_grant(std::size_t num_pages) {
+void KVArena::end_grant(std::size_t num_pages, bool keeps_pages) {
   const Lock lock = enter();
-  pool_.revoke_grant(num_pages);
+  pool_.end_grant(num_pages, keeps_pages);
 }
 
 void KVArena::set_low_pages(std::size_t low_pages) {

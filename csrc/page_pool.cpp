@@ -91,26 +91,14 @@ void PagePool::top_up(std::size_t num_free) {
 }
 
 bool PagePool::try_grant(std::size_t num_pages) {
-  std::vector<PageId> created;  // live until all are there, so that nobody takes or destroys them
-  const auto give_up = [&] {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const PageId page : created) {
-      change(page, [](Page& entry) { --entry.live; });
-      if (free_.contains(page)) give_back_quietly([&] { destroy(page); });
-    }
-  };
   for (;;) {
     std::vector<PageId> page;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const std::size_t wanted = std::min(num_pages, max_pages_);
-      if (num_created_ >= wanted) {
-        granted_ = wanted;
-        break;
-      }
+      if (num_created_ >= std::min(num_pages, max_pages_)) return true;
       page.push_back(claim_absent(kNoPage));
       ++num_created_;
-      pages_[page[0]].live = 1;
+      pages_[page[0]].live = 1;  // the grant's, so that nobody takes or destroys it meanwhile
       ++num_in_use_;
     }
     std::optional<PageHandle> handle;
@@ -118,28 +106,33 @@ bool PagePool::try_grant(std::size_t num_pages) {
       handle = driver_->try_create_page(page[0]);
     } catch (...) {
       undo_claim(page.data(), 1, page, 0);
-      give_up();
+      end_grant(granted(), false);
       throw;
     }
     if (!handle) {
       undo_claim(page.data(), 1, page, 0);
-      give_up();
+      end_grant(granted(), false);
       return false;
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     pages_[page[0]].handle = *handle;
-    created.push_back(page[0]);
+    pending_.push_back(page[0]);
   }
-  for (const PageId page : created) release(page);
-  return true;
 }
 
-void PagePool::revoke_grant(std::size_t num_pages) {
+void PagePool::end_grant(std::size_t num_pages, bool keeps_pages) {
   const std::lock_guard<std::mutex> lock(mutex_);
   granted_ = num_pages;
-  while (num_created_ > num_pages && free_.size() > 0) {
-    destroy(static_cast<PageId>(free_.find_any()));
+  for (const PageId page : pending_) {
+    change(page, [](Page& entry) { --entry.live; });
+    if (!keeps_pages && free_.contains(page)) give_back_quietly([&] { destroy(page); });
   }
+  pending_.clear();
+}
+
+std::size_t PagePool::granted() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return granted_;
 }
 
 /// Pages that may be created on demand.

@@ -51,12 +51,12 @@ class PagePool {
   /// Create pages until `num_free` are free, as far as the cap and the driver go.
   void top_up(std::size_t num_free);
 
-  /// Have `num_pages` created, the cap at most, and from then on create no more on demand: pools
-  /// that must not run out alone agree on what each has before any of them uses it. False, and all
-  /// as before, where the driver has less.
+  /// Have `num_pages` created, the cap at most, and keep the new ones from use until `end_grant`:
+  /// pools that must not run out alone agree on what each has before any of them uses it. False,
+  /// and all as before, where the driver has less. One thread at a time.
   [[nodiscard]] bool try_grant(std::size_t num_pages);
-  /// Go back to a smaller grant: the others did not get theirs. Free pages beyond it are destroyed.
-  void revoke_grant(std::size_t num_pages);
+  /// Let the new pages be used, or destroy them; no page is created on demand beyond `num_pages`.
+  void end_grant(std::size_t num_pages, bool keeps_pages);
 
   /// Add a live reference; false if the page is not in use.
   [[nodiscard]] bool try_share(PageId page);
@@ -122,6 +122,7 @@ class PagePool {
   void undo_claim(const PageId* pages, std::size_t num_pages, const std::vector<PageId>& to_create,
                   std::size_t num_created);
   [[nodiscard]] std::size_t creatable() const;
+  [[nodiscard]] std::size_t granted() const;
   enum class Sign { kOut, kIn };
   void count(const Page& page, Sign sign);
   template <typename Change>
@@ -138,7 +139,8 @@ class PagePool {
   std::size_t num_created_ = 0, num_in_use_ = 0, num_held_ = 0, num_cached_ = 0, num_retired_ = 0,
               num_extra_ = 0;
   std::size_t max_pages_;
-  std::size_t granted_ = SIZE_MAX;  // cap on what is created without being asked for by name
+  std::size_t granted_ = SIZE_MAX;  // cap on what is created on demand
+  std::vector<PageId> pending_;     // created by a grant that has not ended
 };
 
 }  // namespace vmalloc

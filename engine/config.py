@@ -153,6 +153,11 @@ class EngineConfig:
                 f"tensor_parallel_timeout_s is {self.tensor_parallel_timeout_s}; it must be above "
                 f"0 and at most {MAX_RANK_TIMEOUT_S:g}"
             )
+        if self.compile and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"compile is True and tensor_parallel_size is {self.tensor_parallel_size}; models "
+                "are compiled with one rank only"
+            )
         _check_graph_sizes(self.cuda_graph_sizes, self.max_num_seqs)
         if (
             self.max_num_batched_tokens is not None

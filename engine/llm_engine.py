@@ -6,6 +6,7 @@ Thread-safety: none; one thread calls everything.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -415,6 +416,10 @@ class LLMEngine:
             self._lease.give_back()
             if self._leader is not None:
                 self._leader.close()
+                # Sharded weights know their process group, which has sockets; and a module whose
+                # forward was replaced is in a cycle with it.
+                self._model = torch.nn.Module()
+                gc.collect()
 
     def __enter__(self) -> LLMEngine:
         return self

@@ -66,15 +66,16 @@ class PackedForward:
         kernels: AttentionKernels,
         wrap: Callable[[torch.nn.Module], Any] = lambda model: model,
     ) -> None:
-        self._call = wrap(model)
+        self._call: Any = wrap(model)
         self._kernels = kernels
         num_layers = len(backend.config.layers)
         self._layer_caches = [backend.layer_views(layer_idx) for layer_idx in range(num_layers)]
         self._has_logits_to_keep = has_logits_to_keep(model)
 
     def close(self) -> None:
-        """Let go of the cache's tensors, which keep its addresses reserved."""
+        """Let go of the model, and of the cache's tensors, which keep its addresses reserved."""
         self._layer_caches.clear()
+        self._call = None
 
     @torch.inference_mode()
     def __call__(

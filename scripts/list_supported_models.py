@@ -32,6 +32,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vmalloc.engine import EngineConfig, LayerKVSpec, LLMEngine, UnsupportedModelError
 from vmalloc.engine.kv_attention import AttentionCall, attention_through
+from vmalloc.engine.tensor_parallel.sharding_checks import (
+    check_shardable,
+    has_whole_heads,
+    sharding_plan,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs/supported-models.md")
@@ -557,6 +562,7 @@ class Verdict:
         layer_types: ``full``, ``sliding`` or both; "" unless admitted.
         notes: what is special about its attention; "" unless admitted.
         is_fused: whether the fused decoder computes it on the CPU.
+        sharding: what several ranks share of it; "" where it runs on one only.
         check: the probe's check that failed; "" unless refused.
         reason: the refusal's text, or the error's; "" if admitted.
     """
@@ -567,6 +573,7 @@ class Verdict:
     layer_types: str = ""
     notes: str = ""
     is_fused: bool = False
+    sharding: str = ""
     check: str = ""
     reason: str = ""
 
@@ -615,7 +622,17 @@ def _probe(architecture: Architecture, model: Any) -> Verdict:
         _layer_types(layers),
         _notes(model, layers, calls),
         is_fused,
+        _sharding(model),
     )
+
+
+def _sharding(model: Any) -> str:
+    """What two ranks share, by the check that is made before any is started."""
+    try:
+        check_shardable("", model.config, 2)
+    except UnsupportedModelError:
+        return ""
+    return "weights" if has_whole_heads(sharding_plan("", model.config)) else "weights, KV"
 
 
 def _error(architecture: Architecture, whose: str, error: Exception) -> Verdict:
@@ -716,6 +733,7 @@ def _admitted_section(verdicts: Sequence[Verdict]) -> str:
             verdict.layer_types,
             verdict.notes,
             "yes" if verdict.is_fused else "",
+            verdict.sharding,
             "yes" if verdict.architecture.key in exact else "",
         )
         for verdict in verdicts
@@ -724,11 +742,17 @@ def _admitted_section(verdicts: Sequence[Verdict]) -> str:
     intro = (
         "Layers are full or sliding as seen at the attention function, with the settings of the "
         "tiny model. Fused: on the CPU in float32 one native loop over the layers computes in the "
-        "place of the model's own forward pass ([architecture](architecture.md)). Token-exact: the "
-        "test suite holds what the engine writes equal to `model.generate()`, token for token, "
-        "over ragged batches.\n"
+        "place of the model's own forward pass ([architecture](architecture.md)). Sharded: what "
+        "the ranks of `tensor_parallel_size` divide among them under transformers' tensor parallel "
+        "plan; where that is the weights alone, each rank holds K and V of all heads. The test "
+        "suite holds the logits of two ranks equal to those of one. Token-exact: the test suite "
+        "holds what the engine writes equal to `model.generate()`, token for token, over ragged "
+        "batches.\n"
     )
-    header = ("Architecture", "Model class", "Layers", "Notes", "Fused", "Token-exact in tests")
+    header = (
+        *("Architecture", "Model class", "Layers", "Notes"),
+        *("Fused", "Sharded", "Token-exact in tests"),
+    )
     return "\n".join([f"## Admitted ({len(rows)})", "", intro, _table(header, rows)])
 
 

@@ -39,12 +39,12 @@ class PageSupply:
         self.is_short = False
 
     def try_grant(self, num_pages: int) -> bool:
-        """Have so many pages created and create no more on demand; see the core's pool."""
+        """Have so many pages created, and keep those that are new from use until ``end_grant``."""
         return self._arena.try_grant(num_pages)
 
-    def revoke_grant(self, num_pages: int) -> None:
-        """Go back to a smaller grant."""
-        self._arena.revoke_grant(num_pages)
+    def end_grant(self, num_pages: int, *, keeps_pages: bool) -> None:
+        """Use the new pages or destroy them; none is created on demand beyond ``num_pages``."""
+        self._arena.end_grant(num_pages, keeps_pages)
 
     @property
     def max_pages(self) -> int:

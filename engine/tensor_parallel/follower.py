@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import ConfigError, VmallocError
 from ...plans import PlanExecutor, take_ledger
 from ..assembly import assemble
 from ..config import EngineConfig
@@ -90,8 +90,8 @@ class Follower:
             case Grant():
                 self._grant(message)
             case Trim():
-                _, num_created = self._own.trim(message.keep_free_pages)
-                self._note_created(num_created)
+                self._own.trim(message.keep_free_pages)
+                self._note_created()
             case Sleep():
                 self._sleep()
             case Wake():
@@ -123,27 +123,23 @@ class Follower:
 
     def _grant(self, message: Grant) -> None:
         is_granted = self._own.try_grant(message.num_pages)
-        is_everywhere = self._channel.least([int(is_granted)])[0]
-        if is_granted and not is_everywhere:
-            self._own.revoke_grant(message.before)
+        is_everywhere = bool(self._channel.least([int(is_granted)])[0])
+        granted = message.num_pages if is_everywhere else message.before
+        self._own.end_grant(granted, keeps_pages=is_everywhere)
 
     def _sleep(self) -> None:
         is_asleep = self._own.try_sleep()
-        if self._channel.least([int(is_asleep)])[0]:
-            self._note_created(0)
-            return
-        if is_asleep and not self._own.try_wake():
-            raise ConfigError("this rank cannot wake from a sleep that another could not begin")
-        self._note_created(self._own.num_created)
+        if not self._channel.least([int(is_asleep)])[0] and is_asleep and not self._own.try_wake():
+            raise VmallocError("this rank cannot wake from a sleep that another could not begin")
+        self._note_created()
 
     def _wake(self) -> None:
         is_awake = self._own.try_wake()
         if self._channel.least([int(is_awake)])[0]:
-            self._note_created(self._own.num_created)
             return
         if is_awake and not self._own.try_sleep():
-            raise ConfigError("this rank cannot sleep again while another has no memory to wake")
-        self._note_created(0)
+            raise VmallocError("this rank cannot sleep again while another has no memory to wake")
+        self._note_created()
 
     def _reset(self) -> None:
         failure, self._failure = self._failure, None
@@ -151,6 +147,6 @@ class Follower:
         self._channel.gather((failure or "").encode())
         self._channel.least([1])
 
-    def _note_created(self, num_created: int) -> None:
-        (granted,) = self._channel.least([num_created])
-        self._own.revoke_grant(granted)
+    def _note_created(self) -> None:
+        (granted,) = self._channel.least([self._own.num_created])
+        self._own.end_grant(granted, keeps_pages=True)

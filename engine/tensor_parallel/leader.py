@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch.distributed import DistError
+
 from ...errors import InvariantError, VmallocError
 from ...plans import Ledger, PlanningKVCache, take_ledger
 from ..assembly import EngineParts
@@ -74,6 +76,7 @@ class RankLeader:
         self._own: RankCache | None = None
         self._computed_ns = 0
         self._num_void = 0
+        self._slept_with = 0  # pages granted before a sleep
         self.times = PlanTimes()
         self.failure: RankLostError | None = None
 
@@ -182,8 +185,7 @@ class RankLeader:
         self._send(Grant(num_pages, before))
         is_granted = own.try_grant(num_pages)
         is_everywhere = bool(self.least([int(is_granted)])[0])
-        if is_granted and not is_everywhere:
-            own.revoke_grant(before)
+        own.end_grant(num_pages if is_everywhere else before, keeps_pages=is_everywhere)
         self.times.num_grants += 1
         self.times.grant_s += time.monotonic() - started
         return is_everywhere
@@ -192,8 +194,8 @@ class RankLeader:
         """See ``PageGrants``."""
         self.flush()
         self._send(Trim(keep_free_pages))
-        num_trimmed, num_created = self._cache.trim(keep_free_pages)
-        self._note_created(num_created)
+        num_trimmed = self._cache.trim(keep_free_pages)
+        self._note_created()
         return num_trimmed
 
     def try_sleep(self) -> bool:
@@ -202,23 +204,27 @@ class RankLeader:
         self._send(Sleep())
         is_asleep = self._cache.try_sleep()
         if self.least([int(is_asleep)])[0]:
-            self._note_created(0)
+            self._slept_with = self._attached.granted_pages
+            self._note_created()
             return True
         if is_asleep and not self._cache.try_wake():
             raise VmallocError("rank 0 cannot wake from a sleep that another rank could not begin")
-        self._note_created(self._cache.num_created)
+        self._note_created()
         return False
 
     def try_wake(self) -> bool:
         """See ``PageGrants``."""
+        # What was granted before is enough for what slept; no rank begins where one has less.
+        if self._slept_with > 0 and not self._attached.try_regrant(self._slept_with):
+            return False
         self._send(Wake())
         is_awake = self._cache.try_wake()
         if self.least([int(is_awake)])[0]:
-            self._note_created(self._cache.num_created)
+            self._slept_with = 0
             return True
         if is_awake and not self._cache.try_sleep():
             raise VmallocError("rank 0 cannot sleep again while another rank has no memory to wake")
-        self._note_created(0)
+        self._note_created()
         return False
 
     def reports(self) -> list[RankReport]:
@@ -267,10 +273,10 @@ class RankLeader:
         assert self._own is not None
         return self._own
 
-    def _note_created(self, num_created: int) -> None:
+    def _note_created(self) -> None:
         """Agree on a grant that every rank has the pages of."""
-        (granted,) = self.least([num_created])
-        self._cache.revoke_grant(granted)
+        (granted,) = self.least([self._cache.num_created])
+        self._cache.end_grant(granted, keeps_pages=True)
         self._attached.note_grant(granted)
 
     def _send(self, message: Message) -> None:
@@ -283,19 +289,26 @@ class RankLeader:
         """What goes wrong between ranks cannot be mended: say why, end them all."""
         try:
             yield
-        except (RankLostError, RuntimeError) as error:
-            if self.failure is None:
-                self._fail(self._group.explain(error), error)
-            raise
         except BaseException as error:
-            if self.failure is None:
-                self.failure = RankLostError(
-                    0, f"it left the others in the middle of a step: {error!r}"
-                )
-                self._group.close(0.0)
+            if self.failure is not None:
+                raise
+            if _is_between_ranks(error):
+                self._fail(self._group.explain(error), error)
+            reason = f"it left the others in the middle of something: {error!r}"
+            self.failure = RankLostError(0, reason)
+            self._group.close(0.0)
             raise
 
     def _fail(self, failure: RankLostError, cause: BaseException | None = None) -> None:
         self.failure = failure
         self._group.close(0.0)
         raise failure from cause
+
+
+def _is_between_ranks(error: BaseException | None) -> bool:
+    """Whether an error, or what lies behind it, is one of an exchange with other ranks."""
+    while error is not None:
+        if isinstance(error, RankLostError | DistError) or "gloo" in str(error):
+            return True
+        error = error.__cause__
+    return False

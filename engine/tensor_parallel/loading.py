@@ -18,12 +18,17 @@ from .agreement import agree
 from .facts import version_facts
 from .leader import RankLeader
 from .messages import Start, encode
-from .rank_group import RankGroup
+from .rank_group import DEFAULT_ENTRY, RankGroup
 from .sharded_model import check_shardable, load_sharded_model
 
 
 def load_parallel_engine(
-    name: str, tokenizer: Any, config: EngineConfig, phases: StartupPhases
+    name: str,
+    tokenizer: Any,
+    config: EngineConfig,
+    phases: StartupPhases,
+    *,
+    entry: str = DEFAULT_ENTRY,
 ) -> LLMEngine:
     """Start the other ranks, load every rank's share of a model, and make an engine of them.
 
@@ -32,6 +37,7 @@ def load_parallel_engine(
         tokenizer: a tokenizer object, or None.
         config: ``tensor_parallel_size`` of at least 2.
         phases: times what takes long.
+        entry: what the other ranks run, as ``RankGroup.start`` has it.
 
     Raises ``ConfigError``, ``UnsupportedModelError``, and ``RankLostError`` if a rank ends
     meanwhile; nothing is left of the others then.
@@ -43,6 +49,7 @@ def load_parallel_engine(
         group = RankGroup.start(
             size,
             device=device,
+            entry=entry,
             port=config.tensor_parallel_port,
             timeout_s=config.tensor_parallel_timeout_s,
         )

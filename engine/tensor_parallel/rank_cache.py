@@ -25,7 +25,7 @@ class RankCache:
         self._supply = cache.supply if isinstance(cache, VirtualKVCache) else None
 
     def try_grant(self, num_pages: int) -> bool:
-        """Have so many pages created, or say that there is no memory for them."""
+        """Have so many pages created for ``end_grant``, or say that there is no memory for them."""
         assert self._supply is not None
         try:
             return self._supply.try_grant(num_pages)
@@ -33,15 +33,15 @@ class RankCache:
             logger.warning("this rank cannot have %d KV pages: %s", num_pages, error)
             return False
 
-    def revoke_grant(self, num_pages: int) -> None:
-        """Go back to a smaller grant."""
+    def end_grant(self, num_pages: int, *, keeps_pages: bool) -> None:
+        """See ``PageSupply``; nothing where pages are not granted."""
         if self._supply is not None:
-            self._supply.revoke_grant(num_pages)
+            self._supply.end_grant(num_pages, keeps_pages=keeps_pages)
 
-    def trim(self, keep_free_pages: int) -> tuple[int, int]:
-        """Give free pages back; how many, and how many are left."""
-        num_trimmed = self.cache.trim(keep_free_pages)
-        return num_trimmed, self.num_created
+    def trim(self, keep_free_pages: int) -> int:
+        """Give free pages back, and create none on demand from then on; how many."""
+        self.end_grant(0, keeps_pages=True)  # or the worker would create some again
+        return self.cache.trim(keep_free_pages)
 
     @property
     def num_created(self) -> int:
@@ -53,7 +53,5 @@ class RankCache:
         return self.cache.try_sleep()
 
     def try_wake(self) -> bool:
-        """Take memory again, as much as there was."""
-        if self._supply is not None:
-            self._supply.revoke_grant(self._supply.max_pages)  # no limit but the cap
+        """Take as much memory again as was granted."""
         return self.cache.try_wake()

@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ...errors import ClosedError, ConfigError
+from ...errors import ClosedError, ConfigError, InvariantError
 from ..errors import RankLostError, RankMismatchError
 
 FRAME_BYTES = 16 * 1024
@@ -74,20 +74,30 @@ class RankChannel:
         self._frame_works: dict[int, dist.Work] = {}
         self._vote_works: dict[int, dist.Work] = {}
         self._sending: dict[int, dist.Work] = {}
+        self._unfinished = ""  # the exchange that is under way
+        self._loss: tuple[int | None, str] = (None, "it was interrupted")
         for peer in self._peers:
             self._expect_frame(peer)
             self._expect_vote(peer)
 
     def send(self, message: bytes) -> None:
         """Rank 0: give ``message`` to every other rank. At most ``MAX_MESSAGE_BYTES``."""
+        self._check_rank(is_first=True)
+        _check_message(message)
+        self._begin("message")
         self._put_message(message, self._peers, _MESSAGE_TAG)
+        self._unfinished = ""
 
     def receive(self) -> bytes:
         """Other ranks: the next message, however long rank 0 takes to send one.
 
         Raises ``RankLostError`` when rank 0 is gone.
         """
-        return self._take_message(0, time.monotonic() + _EVER_S)
+        self._check_rank(is_first=False)
+        self._begin("message")
+        message = self._take_message(0, time.monotonic() + _EVER_S)
+        self._unfinished = ""
+        return message
 
     def least(self, values: Sequence[int]) -> list[int]:
         """All ranks: the smallest of what the ranks gave, for each of up to ``MAX_VOTES`` values.
@@ -95,28 +105,34 @@ class RankChannel:
         Raises ``RankLostError`` if a rank does not vote within ``timeout_s``, and
         ``RankMismatchError`` in all ranks if they gave different numbers of values.
         """
+        _check_vote(values)
+        self._begin("vote")
         self._write_vote(values)
-        if self.rank == 0:
-            return self._count_votes(list(values))
-        self._put(self._vote.tensor, self._peers, _VOTE_TAG, self.timeout_s)
-        self._wait_vote(0, time.monotonic() + _PATIENCE * self.timeout_s)
-        result = self._read_vote(0)
+        result = self._count_votes(list(values)) if self.rank == 0 else self._ask_result()
+        self._unfinished = ""
         if result is None:
+            others = "another rank gave another number"
+            if self.rank == 0:
+                counts = {peer: len(self._read_vote(peer) or ()) for peer in self._peers}
+                others = ", ".join(f"rank {peer} gave {count}" for peer, count in counts.items())
             raise RankMismatchError(
                 "number of votes",
-                f"rank {self.rank} gave {len(values)} values to find the least of; "
-                "another rank gave another number",
+                f"rank {self.rank} gave {len(values)} values to find the least of; {others}",
             )
         return result
 
     def gather(self, payload: bytes) -> list[bytes]:
         """All ranks: rank 0 gets every rank's payload in rank order, the others an empty list."""
         _check_message(payload)
+        self._begin("answer")
+        answers = []
         if self.rank > 0:
             self._put_message(payload, self._peers, _ANSWER_TAG)
-            return []
-        deadline = time.monotonic() + self.timeout_s
-        return [payload, *(self._take_message(peer, deadline) for peer in self._peers)]
+        else:
+            deadline = time.monotonic() + self.timeout_s
+            answers = [payload, *(self._take_message(peer, deadline) for peer in self._peers)]
+        self._unfinished = ""
+        return answers
 
     def close(self) -> None:
         """Let go of every transfer; the process group itself belongs to who made it."""
@@ -125,7 +141,21 @@ class RankChannel:
         self._vote_works.clear()
         self._sending.clear()
 
-    def _count_votes(self, values: list[int]) -> list[int]:
+    def _begin(self, what: str) -> None:
+        """After an exchange that did not end the ranks no longer wait for the same thing."""
+        if self._unfinished:
+            rank, reason = self._loss
+            raise RankLostError(
+                rank, f"an earlier {self._unfinished} did not get through: {reason}"
+            )
+        self._unfinished = what
+
+    def _check_rank(self, is_first: bool) -> None:
+        if (self.rank == 0) != is_first:
+            raise InvariantError(f"rank {self.rank} cannot do this; messages go from rank 0")
+
+    def _count_votes(self, values: list[int]) -> list[int] | None:
+        """The result, given to all; None if the ranks gave different numbers of values."""
         deadline = time.monotonic() + self.timeout_s
         agreed = True
         for peer in self._peers:
@@ -140,21 +170,14 @@ class RankChannel:
         else:
             struct.pack_into("<q", self._vote.data, 0, _NO_AGREEMENT)
         self._put(self._vote.tensor, self._peers, _RESULT_TAG, self.timeout_s)
-        if not agreed:
-            counts = {peer: len(self._read_vote(peer) or ()) for peer in self._peers}
-            raise RankMismatchError(
-                "number of votes",
-                f"rank 0 gave {len(values)} values to find the least of; the others gave "
-                + ", ".join(f"{count} (rank {peer})" for peer, count in counts.items()),
-            )
-        return values
+        return values if agreed else None
+
+    def _ask_result(self) -> list[int] | None:
+        self._put(self._vote.tensor, self._peers, _VOTE_TAG, self.timeout_s)
+        self._wait_vote(0, time.monotonic() + _PATIENCE * self.timeout_s)
+        return self._read_vote(0)
 
     def _write_vote(self, values: Sequence[int]) -> None:
-        if len(values) > MAX_VOTES:
-            raise ConfigError(f"{len(values)} values to find the least of; at most {MAX_VOTES}")
-        for value in values:
-            if not INT64_MIN <= value <= INT64_MAX:
-                raise ConfigError(f"vote {value} must be between {INT64_MIN} and {INT64_MAX}")
         struct.pack_into(f"<{1 + len(values)}q", self._vote.data, 0, len(values), *values)
 
     def _read_vote(self, peer: int) -> list[int] | None:
@@ -178,7 +201,6 @@ class RankChannel:
         self._frame_works[peer] = self._open().recv([self._frames[peer].tensor], peer, tag)
 
     def _put_message(self, message: bytes, peers: Sequence[int], tag: int) -> None:
-        _check_message(message)
         first = message[:_FIRST_BYTES]
         _HEADER.pack_into(self._frame.data, 0, len(message))
         self._frame.data[_HEADER.size : _HEADER.size + len(first)] = first
@@ -210,7 +232,9 @@ class RankChannel:
             try:
                 self._sending[peer] = self._open().send([tensor], peer, tag)
             except RuntimeError as error:
-                raise RankLostError(peer, f"nothing can be sent to it: {_line(error)}") from None
+                raise RankLostError(
+                    peer, f"nothing can be sent to it: {first_sentence(error)}"
+                ) from None
         for peer in peers:
             self._wait(self._sending.pop(peer), peer, deadline, "receipt")
 
@@ -220,12 +244,13 @@ class RankChannel:
             work.wait(timedelta(seconds=max(deadline - started, 0.001)))
         except RuntimeError as error:
             if time.monotonic() < deadline:
-                reason = f"the connection to it broke: {_line(error)}"
+                reason = f"the connection to it broke: {first_sentence(error)}"
             else:
                 reason = (
                     f"it is behind: no {what} from it within {self.timeout_s:g} s "
                     "(tensor_parallel_timeout_s)"
                 )
+            self._loss = (peer, reason)
             # Without the cause: its frames would keep the transfer, and with it the sockets.
             raise RankLostError(peer, reason) from None
         finally:
@@ -242,7 +267,17 @@ def _check_message(message: bytes) -> None:
         raise ConfigError(f"a message of {len(message)} bytes; at most {MAX_MESSAGE_BYTES}")
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error of gloo's, without the source file it starts with."""
+def _check_vote(values: Sequence[int]) -> None:
+    if len(values) > MAX_VOTES:
+        raise ConfigError(f"{len(values)} values to find the least of; at most {MAX_VOTES}")
+    for value in values:
+        if not INT64_MIN <= value <= INT64_MAX:
+            raise ConfigError(f"vote {value} must be between {INT64_MIN} and {INT64_MAX}")
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error of gloo's, without the source file it starts with."""
     line = str(error).strip().split("\n", 1)[0]
-    return line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line
+    if line.startswith("[") and "] " in line:
+        line = line.split("] ", 1)[1]
+    return line.split(". ", 1)[0]

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import time
+import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ import torch.distributed as dist
 from ...errors import ClosedError, ConfigError
 from ..config import DEFAULT_RANK_TIMEOUT_S, MAX_PORT, MAX_RANK_TIMEOUT_S
 from ..errors import RankLostError
-from .rank_channel import RankChannel
+from .rank_channel import RankChannel, first_sentence
 from .rank_join import (
     RankReport,
     abort_device_groups,
     check_devices,
     has_come,
     host_store,
+    is_consequence,
     join_ranks,
     leave_ranks,
     read_report,
@@ -78,6 +80,7 @@ class RankGroup:
         except BaseException as error:
             is_lost = isinstance(error, (RuntimeError, RankLostError))
             explained = self.explain(error) if is_lost else None
+            traceback.clear_frames(error.__traceback__)
             self.close(0.0)
             if explained is not None and explained is not error:
                 raise explained from None
@@ -130,21 +133,25 @@ class RankGroup:
             raise self._lost(ends)
 
     def explain(self, error: BaseException) -> RankLostError:
-        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out."""
+        """What most likely lies behind a collective's ``error``; waits up to 2 s to find out.
+
+        Empties the frames that the error came through: as long as somebody keeps it, they would
+        keep the process groups' sockets open.
+        """
+        traceback.clear_frames(error.__traceback__)
         if self._processes is None:
             return _as_lost(error)
         is_late = isinstance(error, RankLostError) and "behind" in error.reason
         if self._processes.wait_end(0.0 if is_late else _EXPLAIN_S):
             return self._lost(self._processes.ends)
-        stopped = self._processes.stopped()
-        if stopped:
-            named = ", ".join(map(str, stopped))
+        stopped = self._stopped(_as_lost(error).reason)
+        if stopped is None and "timed out" in str(error).lower():
             return RankLostError(
-                stopped[0],
-                f"its process is stopped, so that it is behind the others by more than "
-                f"{self.timeout_s:g} s (stopped: rank {named}): {error}",
+                None,
+                f"it is behind: nothing came from it within {self.timeout_s:g} s "
+                f"(tensor_parallel_timeout_s): {first_sentence(error)}",
             )
-        return _as_lost(error)
+        return stopped or _as_lost(error)
 
     def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """End the other ranks and take back everything that was set up. May be called again.
@@ -157,7 +164,9 @@ class RankGroup:
         self._is_closed = True
         processes, self._processes = self._processes, None
         try:
-            if processes is not None and any(end.code != 0 for end in processes.ends):
+            if processes is not None and (
+                processes.stopped() or any(end.code != 0 for end in processes.ends)
+            ):
                 grace_s = 0.0
             channel, self._channel = self._channel, None
             leave_ranks(channel)
@@ -212,14 +221,30 @@ class RankGroup:
         if all(self._is_consequence(end) for end in ends):
             time.sleep(_SECOND_END_S)
             ends = self._processes.ends if self._processes is not None else ends
-        causes = [end for end in ends if not self._is_consequence(end)] or ends
+        causes = [end for end in ends if not self._is_consequence(end)]
+        if not causes:
+            stopped = self._stopped(f"rank {ends[0].rank} has ended")
+            if stopped is not None:
+                return stopped
+            causes = ends
         reported = self._reported(causes[0].rank)
         reason = str(causes[0]) if reported is None else f"{causes[0]}: {reported}"
         return RankLostError(causes[0].rank, reason)
 
+    def _stopped(self, what: str) -> RankLostError | None:
+        """The error for ranks whose processes are stopped, if there are any."""
+        stopped = self._processes.stopped() if self._processes is not None else []
+        if not stopped:
+            return None
+        return RankLostError(
+            stopped[0],
+            f"its process is stopped, and a rank may be {self.timeout_s:g} s behind "
+            f"(tensor_parallel_timeout_s; stopped: {', '.join(map(str, stopped))}): {what}",
+        )
+
     def _is_consequence(self, end: RankEnd) -> bool:
         reported = self._reported(end.rank)
-        return end.code == 0 or (reported is not None and reported.kind == RankLostError.__name__)
+        return end.code == 0 or (reported is not None and is_consequence(reported))
 
     def _reported(self, rank: int) -> RankReport | None:
         with contextlib.suppress(RuntimeError):  # a store that has closed
@@ -230,7 +255,9 @@ class RankGroup:
 def _as_lost(error: BaseException) -> RankLostError:
     if isinstance(error, RankLostError):
         return error
-    return RankLostError(None, f"the ranks' exchange failed: {type(error).__name__}: {error}")
+    return RankLostError(
+        None, f"an exchange between ranks failed: {type(error).__name__}: {first_sentence(error)}"
+    )
 
 
 def _check(size: int, entry: str, port: int | None, timeout_s: float) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ..errors import RankLostError
 from .rank_channel import RankChannel
 from .rank_environment import LOOPBACK_ADDRESS, rank_environment
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store, TCPStore
 
 _BACKLOG = 128
+_CONNECT_S = 60.0
+"""Least time for the ranks to connect: that is no step, and the host is busiest then."""
+
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "wait timeout after",
+)
+"""What gloo and the store say of a peer that is gone or behind."""
 MAX_REPORT_CHARS = 4_000
 
 
@@ -130,10 +141,16 @@ def read_report(store: Store, rank: int) -> RankReport | None:
     return RankReport(str(kind), str(text))
 
 
+def is_consequence(said: RankReport) -> bool:
+    """Whether a rank ended because it lost another, or waited for it in vain."""
+    return said.kind == RankLostError.__name__ or any(sign in said.text for sign in _SIGNS)
+
+
 def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: float) -> RankChannel:
-    """Make both process groups with the other ranks, which do the same now."""
+    """Make both process groups with the other ranks, which do the same now; all have, then."""
     where = rank_device(rank, device)
-    timeout = timedelta(seconds=timeout_s)
+    connect_s = max(timeout_s, _CONNECT_S)
+    timeout = timedelta(seconds=connect_s)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     with rank_environment(rank, size):
@@ -146,7 +163,11 @@ def join_ranks(store: Store, rank: int, size: int, *, device: str, timeout_s: fl
             device_id=where if where.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-    return RankChannel(control, device=where, timeout_s=timeout_s)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+    channel = RankChannel(control, device=where, timeout_s=connect_s)
+    channel.least(())  # some may still be connecting to each other
+    channel.timeout_s = timeout_s
+    return channel
 
 
 def abort_device_groups() -> None:

@@ -11,6 +11,7 @@ Owns: the process.  Thread-safety: one thread besides the main one, which only e
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import select
@@ -21,10 +22,10 @@ import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ...errors import ConfigError
-from ..errors import RankLostError
+from ..errors import RankLostError, RankMismatchError
 from .rank_channel import RankChannel
 from .rank_join import announce, join_ranks, leave_ranks, report, visit_store
 
@@ -51,11 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     ).start()
     rank, size, port = (_variable(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     store = visit_store(port, START_TIMEOUT_S)
+    code = 0
     try:
         _run(store, rank, size, options)
     except BaseException as error:
-        _fail(store, rank, error)
-    return 0
+        code = EXIT_FAILED
+        _tell(store, rank, error, options.parent)
+    return code
 
 
 def _run(store: Store, rank: int, size: int, options: argparse.Namespace) -> None:
@@ -75,15 +78,24 @@ def find_entry(entry: str) -> Callable[[RankChannel], object]:
     return function  # type: ignore[no-any-return]
 
 
-def _fail(store: Store, rank: int, error: BaseException) -> None:
-    """Tell rank 0 and end at once: destructors of broken process groups may wait for ever."""
-    if not (isinstance(error, RankLostError) and error.rank == 0):
+def _tell(store: Store, rank: int, error: BaseException, parent: int) -> None:
+    """Tell rank 0 what ended this one; what rank 0 does not know by itself also the terminal."""
+    if os.getppid() == parent and not isinstance(error, (RankLostError, RankMismatchError)):
         traceback.print_exception(error, file=sys.stderr)
     with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
         report(store, rank, error)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without unloading its modules.
+
+    That takes a second, and the destructors of broken process groups may wait for ever.
+    """
+    if code == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_FAILED)
+    os._exit(code)
 
 
 def _end_with(parent: int) -> None:
@@ -118,5 +130,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run() -> NoReturn:
+    """``main``, and the end of the process."""
+    _leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

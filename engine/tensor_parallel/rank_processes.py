@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 TERMINATE_GRACE_S = 1.0
 """Between asking a process to end and making it."""
 
+KILL_GRACE_S = 10.0
+"""Not even this ends a process that a driver holds in the kernel; it is left behind then."""
+
 _SETTLE_S = 1.0
 """What the others get to end by themselves, and say why, once a rank has been lost."""
 
@@ -42,9 +46,10 @@ _BOOT = f"""
 import json, os, sys
 os.dup2(2, 1)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+sys.stdout.reconfigure(line_buffering=True)
 sys.path[:] = json.loads(os.environ.pop("VMALLOC_RANK_PATH"))
-from {__package__}.rank_main import main
-sys.exit(main())
+from {__package__}.rank_main import run
+run()
 """
 
 
@@ -83,6 +88,7 @@ class RankProcesses:
         self._changed = threading.Condition()
         self._ends: list[RankEnd] = []
         self._is_ending = False
+        self._were_stopped: set[int] = set()
         self._taken: set[int] = set()  # ranks that somebody else has waited for
         self._context = _launch(
             {rank: _environment(rank, size, port, num_threads) for rank in range(1, size)},
@@ -110,8 +116,9 @@ class RankProcesses:
             return self._changed.wait_for(lambda: bool(self._ends), seconds)
 
     def stopped(self) -> list[int]:
-        """Ranks whose processes are stopped, by SIGSTOP or a debugger."""
-        return [rank for rank, pid in self.pids.items() if _process_state(pid) in ("T", "t")]
+        """Ranks whose processes are stopped, by SIGSTOP or a debugger, or were until ended here."""
+        now = {rank for rank, pid in self.pids.items() if _process_state(pid) in ("T", "t")}
+        return sorted(now | self._were_stopped)
 
     def end(self, grace_s: float) -> None:
         """Wait ``grace_s`` for the processes to end, then ask them to, then make them."""
@@ -119,16 +126,17 @@ class RankProcesses:
             self._is_ending = True
             self._changed.notify_all()
         self._join(grace_s)
+        self._signal(signal.SIGKILL, self.stopped())  # these hear nothing else
         self._signal(signal.SIGTERM)
         self._join(TERMINATE_GRACE_S)
         self._signal(signal.SIGKILL)
-        for thread in self._threads:
-            thread.join()
+        self._join(KILL_GRACE_S)
         for index, handler in self._context.subprocess_handlers.items():
             # Not reaped yet, so the number still means this session; what it started ends with it.
             if index + 1 not in self._taken:
                 _kill_group(self.pids[index + 1], signal.SIGKILL)
-            handler.proc.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                handler.proc.wait(KILL_GRACE_S)
         with _quiet_launcher():
             self._context.close(timeout=1)
 
@@ -137,9 +145,10 @@ class RankProcesses:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _signal(self, number: signal.Signals) -> None:
-        for thread, pid in zip(self._threads, self.pids.values(), strict=True):
-            if thread.is_alive():
+    def _signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """Send it to all, or to ``ranks``, as far as they have not ended."""
+        for thread, (rank, pid) in zip(self._threads, self.pids.items(), strict=True):
+            if thread.is_alive() and (ranks is None or rank in ranks):
                 _kill_group(pid, number)
 
     def _watch(self, rank: int) -> None:
@@ -160,13 +169,14 @@ class RankProcesses:
             if self._is_ending:
                 return
             self._is_ending = True
+        self._were_stopped.update(self.stopped())
         self._signal(signal.SIGKILL)
         self._on_loss()
 
 
 def _environment(rank: int, size: int, port: int, num_threads: int) -> dict[str, str]:
     variables = rank_variables(rank, size, port)
-    variables["VMALLOC_RANK_PATH"] = json.dumps(sys.path)
+    variables["VMALLOC_RANK_PATH"] = json.dumps([one for one in sys.path if isinstance(one, str)])
     variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(num_threads))
     variables["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "0")
     return variables

@@ -15,9 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-from ..model_loader import check_weights, loading_error, outline_model, read_config, text_config
+from ..errors import UnsupportedModelError
+from ..model_loader import (
+    check_weights,
+    loading_error,
+    outline_model,
+    read_config,
+    text_config,
+    vocab_size,
+)
+from ..probe import RELATIVE_TOLERANCE, relative_difference
 from .rank_share import RankShare, mark_share
-from .sharding_checks import check_shardable, has_whole_heads, leaf
+from .sharding_checks import PLAN_CHECK, check_shardable, has_whole_heads, leaf
+
+TRIAL_TOKENS = 8
+"""What the ranks compute once to see that they agree."""
 
 __all__ = ["check_shardable", "load_sharded_model"]
 
@@ -34,7 +46,7 @@ def load_sharded_model(
     Raises as ``load_model`` and ``check_shardable`` do.
     """
     config, is_local, torch_dtype = read_config(name, dtype, device)
-    check_shardable(name, config, size, device)
+    check_shardable(name, config, size)
     outline: Any = outline_model(name, dtype, device)
     plan = _complete_plan(outline, size)
     kv_projections = _replicated_projections(outline, plan, size)
@@ -55,10 +67,12 @@ def load_sharded_model(
         raise loading_error(name, config, error) from error
     check_weights(name, loading)
     model.__class__ = type(outline)
+    _check_summed_experts(name, model, plan)
     share = RankShare(rank, size, has_whole_heads(plan))
     if kv_projections:
         _keep_own_kv_head(model, kv_projections, share)
     mark_share(model, share)
+    check_ranks_agree(name, model)
     module: torch.nn.Module = model.eval()
     return module
 
@@ -82,7 +96,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-_OPTIONAL_STYLES = frozenset({"colwise_gather_output", "colwise_rep", "embedding_rowwise"})
+_OPTIONAL_STYLES = frozenset({"colwise_gather_output", "embedding_rowwise"})
 """Styles whose output is whole on every rank; so it is where the weights are whole, too."""
 
 
@@ -156,6 +170,50 @@ def _replicated_projections(outline: Any, plan: dict[str, str], size: int) -> li
         for pattern, style in plan.items()
         if style == "colwise" and leaf(pattern) in ("k_proj", "v_proj")
     ]
+
+
+def _check_summed_experts(name: str, model: Any, plan: dict[str, str]) -> None:
+    """Refuse experts with a weight that every rank has whole: the ranks' sum would count it often.
+
+    Plans name the weights of experts one by one, and can miss one, such as a bias.
+    """
+    for pattern in (pattern for pattern, style in plan.items() if style == "moe_tp_experts"):
+        for where, experts in _matching(model, pattern):
+            for key, weight in experts.named_parameters():
+                placements = getattr(weight, "placements", ())
+                if all(placement.is_replicate() for placement in placements):
+                    raise UnsupportedModelError(
+                        name, PLAN_CHECK, f"{where} is summed over ranks, and {key} is not sharded"
+                    )
+
+
+@torch.inference_mode()
+def check_ranks_agree(name: str, model: Any) -> None:
+    """Raise ``UnsupportedModelError`` unless all ranks come to the same last hidden states.
+
+    They do not where a plan leaves a sum over them incomplete, and logits need not show it: the
+    ranks put them together from a part of each. All ranks call this together.
+    """
+    weight = next(model.parameters())
+    input_ids = torch.arange(TRIAL_TOKENS, device=weight.device).unsqueeze(0) % vocab_size(model)
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].float())
+    )
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    except Exception as error:
+        reason = f"its forward pass fails when sharded: {type(error).__name__}: {error}"
+        raise UnsupportedModelError(name, PLAN_CHECK, reason) from error
+    finally:
+        hook.remove()
+    most, least = seen[0].clone(), seen[0].clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    difference = relative_difference(least, most)
+    if difference > RELATIVE_TOLERANCE[weight.dtype]:
+        reason = f"hidden states differ between ranks by {difference:.1e} of the largest one"
+        raise UnsupportedModelError(name, PLAN_CHECK, reason)
 
 
 def _keep_own_kv_head(model: Any, patterns: list[str], share: RankShare) -> None:

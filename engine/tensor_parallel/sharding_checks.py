@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 
 from ...errors import ConfigError
@@ -21,17 +20,13 @@ EXACT_STYLES = frozenset(
         "colwise",
         "rowwise",
         "colwise_gather_output",
-        "colwise_rep",
         "rowwise_split_input",
-        "rowwise_rep",
         "embedding_rowwise",
         "packed_colwise",
-        "packed_rowwise",
         "moe_tp_experts",
         "moe_identity_expert",
         "mla_kv_a_proj",
         "replicated_with_grad_allreduce",
-        "replicate",
     }
 )
 """How a plan may shard a module: ways that were seen to give the logits of the whole model."""
@@ -42,26 +37,22 @@ _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermed
 """Config entries that a plan cuts in equal parts."""
 
 
-def check_shardable(
-    name: str, hf_config: Any, size: int, device: torch.device | None = None
-) -> None:
+def check_shardable(name: str, hf_config: Any, size: int) -> None:
     """Raise unless a model can be sharded over ``size`` ranks; takes milliseconds.
 
     Args:
         name: of the model, for the error.
         hf_config: its transformers config.
         size: ranks.
-        device: a device of the kind that the ranks compute on. None: there are enough.
 
     Raises ``UnsupportedModelError`` for a model that transformers has no plan for or whose plan
     cannot be followed exactly, and ``ConfigError`` for a number of ranks that does not fit.
     """
-    _check_devices(size, device)
     if size == 1:
         return
     config = hf_config.get_text_config(decoder=True)
     plan = sharding_plan(name, hf_config)
-    num_heads = config.num_attention_heads
+    num_heads = _number(name, config, "num_attention_heads") or 0
     if size > num_heads:
         raise ConfigError(
             f"tensor_parallel_size is {size}; {name!r} has {num_heads} attention heads, and each "
@@ -69,12 +60,13 @@ def check_shardable(
         )
     _check_division(name, "num_attention_heads", num_heads, size)
     if not has_whole_heads(plan):
-        _check_kv_heads(name, config, plan, size)
+        num_kv_heads = _number(name, config, "num_key_value_heads") or num_heads
+        _check_kv_heads(name, num_kv_heads, plan, size)
     for entry in _WIDTHS:
-        width = getattr(config, entry, None)
-        for one in width if isinstance(width, list) else [width]:
-            if isinstance(one, int) and one:
-                _check_division(name, entry, one, size)
+        widths = _entry(config, entry)
+        for width in set(widths) if isinstance(widths, tuple) else {widths}:
+            if width:
+                _check_division(name, entry, width, size)
 
 
 def sharding_plan(name: str, hf_config: Any) -> dict[str, str]:
@@ -112,18 +104,30 @@ def leaf(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _check_devices(size: int, device: torch.device | None) -> None:
-    if device is None or device.type != "cuda":
-        return
-    count = torch.cuda.device_count()
-    if size > count:
-        raise ConfigError(
-            f"tensor_parallel_size is {size}; there are {count} GPUs, and each rank needs one"
-        )
+def _entry(config: Any, entry: str) -> Any:
+    """What a config says; None where it says nothing, a tuple where it differs between layers."""
+    try:
+        value = getattr(config, entry, None)
+    except Exception as error:
+        # Configs with values per layer refuse to name one; the class is not public.
+        if "PerLayer" not in type(error).__name__:
+            raise
+        layers = range(config.num_hidden_layers)
+        return tuple(getattr(config.per_layer_config[idx], entry, None) for idx in layers)
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _check_kv_heads(name: str, config: Any, plan: dict[str, str], size: int) -> None:
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+def _number(name: str, config: Any, entry: str) -> int | None:
+    """A config entry that must be the same in all layers; None where there is none."""
+    value = _entry(config, entry)
+    if value is None or isinstance(value, int):
+        return value
+    raise UnsupportedModelError(
+        name, PLAN_CHECK, f"{entry} is {value}; it must be the same in all layers"
+    )
+
+
+def _check_kv_heads(name: str, num_kv_heads: int, plan: dict[str, str], size: int) -> None:
     if num_kv_heads % size == 0:
         return
     if size % num_kv_heads:

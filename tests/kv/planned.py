@@ -41,22 +41,24 @@ class Pair:
         return PagedKVCache(self.config)
 
     def try_grant(self, num_pages: int) -> bool:
-        granted = []
-        for cache in (self.leader_cache, self.other):
+        caches = (self.leader_cache, self.other)
+        answers = []
+        for cache in caches:
             assert isinstance(cache, VirtualKVCache)
             is_short = cache is self.other and num_pages > (self.other_limit or num_pages)
             if is_short:
                 self.drivers[0].fail_call(0, _core.Fault.OUT_OF_MEMORY)
-            is_done = cache.supply.try_grant(num_pages)
-            assert is_done != is_short
-            if not is_done:
-                self.num_refused += 1
-                for other in granted:
-                    other.supply.revoke_grant(self.granted)
-                return False
-            granted.append(cache)
-        self.granted = num_pages
-        return True
+            answers.append(cache.supply.try_grant(num_pages))
+            assert answers[-1] != is_short
+        is_granted = all(answers)
+        self.num_refused += not is_granted
+        if is_granted:
+            self.granted = num_pages
+        for cache in caches:
+            assert isinstance(cache, VirtualKVCache)
+            cache.wait_worker()  # which has every chance to take what is not granted yet
+            cache.supply.end_grant(self.granted, keeps_pages=is_granted)
+        return is_granted
 
     @property
     def leader_cache(self) -> KVBackend:

@@ -200,7 +200,8 @@ def test_a_cache_that_does_not_find_its_pages_says_so() -> None:
     assert pair.leader.try_extend([1], [120])
     plan = pair.leader.take_plan()
     supply = pair.other.supply  # type: ignore[attr-defined]
-    supply.revoke_grant(0)
+    supply.end_grant(0, keeps_pages=True)
+    pair.other.trim()
     with pytest.raises(InvariantError, match="pages short where the one that decides was not"):
         pair.executor.carry_out(plan)
     pair.executor.drop_everything()

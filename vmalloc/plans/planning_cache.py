@@ -132,6 +132,13 @@ class PlanningKVCache:
         self._num_known.clear()
         self.is_broken = False
 
+    def try_regrant(self, num_pages: int) -> bool:
+        """Have as many pages granted as there were before a sleep."""
+        if not self._grants.try_grant(num_pages):
+            return False
+        self._granted_pages = num_pages
+        return True
+
     def note_grant(self, num_pages: int) -> None:
         """Pages that every rank has created now, where that changed by a trim."""
         self._granted_pages = num_pages
