@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from ...config import LayerKVSpec
+from .rank_join import check_devices
 from .rank_share import RankShare
-from .sharding_checks import check_shardable, has_whole_heads, leaf, sharding_plan
+from .sharding_checks import check_shardable, has_whole_heads, leaf
 
-_WHOLE_STYLES = frozenset(
-    {"moe_identity_expert", "mla_kv_a_proj", "replicated_with_grad_allreduce", "replicate"}
-)
+_WHOLE_STYLES = frozenset({"moe_identity_expert", "mla_kv_a_proj", "replicated_with_grad_allreduce"})
 """Styles under which every rank has the whole of a module."""
 
-_ROW_STYLES = frozenset({"rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise"})
+_ROW_STYLES = frozenset({"rowwise", "rowwise_split_input"})
 """Styles that leave a bias whole."""
 
 _KV_PROJECTIONS = frozenset({"k_proj", "v_proj"})
@@ -60,13 +59,14 @@ def outline_rank(
         size: ranks; 1 is the whole model.
         device: a device of the kind that the ranks compute on.
 
-    Raises as ``check_shardable`` does.
+    Raises as ``check_shardable`` and ``check_devices`` do.
     """
     weights = sum(parameter.nbytes for parameter in outline.parameters())
     if size == 1:
         return RankOutline(tuple(layers), num_heads, weights)
-    check_shardable(name, outline.config, size, device)
-    plan: dict[str, str] = {**sharding_plan(name, outline.config), **outline.tp_plan}
+    check_devices(size, device.type)
+    check_shardable(name, outline.config, size)
+    plan: dict[str, str] = dict(outline.tp_plan)
     share = RankShare(0, size, has_whole_heads(plan))
     own = tuple(
         replace(spec, num_kv_heads=share.num_kv_heads(spec.num_kv_heads)) for spec in layers
