@@ -17,7 +17,9 @@ from .rank_join import check_devices
 from .rank_share import RankShare
 from .sharding_checks import check_shardable, has_whole_heads, leaf
 
-_WHOLE_STYLES = frozenset({"moe_identity_expert", "mla_kv_a_proj", "replicated_with_grad_allreduce"})
+_WHOLE_STYLES = frozenset(
+    {"moe_identity_expert", "mla_kv_a_proj", "replicated_with_grad_allreduce"}
+)
 """Styles under which every rank has the whole of a module."""
 
 _ROW_STYLES = frozenset({"rowwise", "rowwise_split_input"})
