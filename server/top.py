@@ -175,15 +175,15 @@ def _read(client: PageMapClient, idx: int, news: queue.SimpleQueue[_News]) -> No
 
 
 def _read_again(client: PageMapClient, idx: int, news: queue.SimpleQueue[_News]) -> None:
-    delay = FIRST_RETRY_SECONDS
+    delay, was_there = FIRST_RETRY_SECONDS, False
     while True:
         note = "the stream ended; connecting again"
         try:
             for kind, data in client.frames():
-                delay = FIRST_RETRY_SECONDS
+                delay, was_there = FIRST_RETRY_SECONDS, True
                 news.put(_item(idx, kind, data))
-        except ServerUnreachableError:
-            note = "the connection was lost; connecting again"
+        except ServerUnreachableError as error:
+            note = "the connection was lost; connecting again" if was_there else str(error)
         except VmallocError as error:
             note = f"{error}; asking again"
         news.put(_News(idx, "note", note))
