@@ -39,6 +39,7 @@ from .request_stream import RequestStream
 from .sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from .schedule import SchedulerStats
 from .startup import StartupPhase, StartupPhases
+from .tensor_parallel.rank_report import RankReport, page_map_of_all, stats_of_all
 from .token_counts import STEP_TOKEN_BOUNDS, TokenStats
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "QueueFullError",
     "RankLostError",
     "RankMismatchError",
+    "RankReport",
     "RequestAbortedError",
     "RequestMetrics",
     "RequestOutput",
@@ -80,4 +82,6 @@ __all__ = [
     "UnsupportedModelError",
     "VmallocError",
     "load_engine",
+    "page_map_of_all",
+    "stats_of_all",
 ]

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from ..errors import ConfigError, VmallocError
 from .config import EngineConfig
 from .engine_thread import EngineSnapshot, EngineThread, Report
-from .errors import EngineUnavailableError, QueueFullError, RequestAbortedError
+from .errors import EngineUnavailableError, QueueFullError, RankLostError, RequestAbortedError
 from .llm_engine import LLMEngine
 from .request_reader import Prompt
 from .request_stream import RequestStream
@@ -87,6 +87,7 @@ class AsyncLLMEngine:
         self._num_unstarted = 0
         self._state: EngineState = "starting"
         self._failure: str | None = None
+        self._is_rank_lost = False
         self._config: EngineConfig | None = None
 
     @property
@@ -98,6 +99,11 @@ class AsyncLLMEngine:
     def failure(self) -> str | None:
         """Why it is dead."""
         return self._failure
+
+    @property
+    def is_rank_lost(self) -> bool:
+        """Whether it is dead for the loss of a rank: no process is left that could go on."""
+        return self._is_rank_lost
 
     @property
     def config(self) -> EngineConfig | None:
@@ -346,10 +352,13 @@ class AsyncLLMEngine:
         else:
             self._state = "dead"
             self._failure = f"{type(error).__name__}: {error}"
+            self._is_rank_lost = isinstance(error, RankLostError)
             # What a load refuses is told by whoever started it.
             is_refused = self._config is None and isinstance(error, VmallocError)
             level = logging.DEBUG if is_refused else logging.CRITICAL
-            logger.log(level, "the engine is dead: %s", self._failure, exc_info=error)
+            # Where a rank was lost says nothing: how it ended does, and the failure tells that.
+            trace = None if self._is_rank_lost else error
+            logger.log(level, "the engine is dead: %s", self._failure, exc_info=trace)
             reason = EngineUnavailableError("dead", f"the engine is dead: {self._failure}")
         assert self._started is not None
         if not self._started.done():

@@ -12,14 +12,20 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..backend import KVCacheStats, PrefixCacheStats
+from .errors import RankLostError
 from .llm_engine import LLMEngine
 from .outputs import RequestOutput
 from .sampling_params import SamplingParams
 from .schedule import SchedulerStats
+from .tensor_parallel.rank_report import stats_of_all
 from .token_counts import TokenStats
+
+if TYPE_CHECKING:
+    from .tensor_parallel.leader import PlanTimes
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +39,9 @@ MAX_FAILED_ROUNDS = 3
 
 MAX_PROBE_STEPS = 32
 """Steps that it gets to compute one token, waiting for pages included."""
+
+RANK_CHECK_SECONDS = 1.0
+"""Between two looks at the other ranks while there is nothing to do."""
 
 _PROBE = "probe"
 
@@ -52,6 +61,8 @@ class EngineSnapshot:
         is_asleep: whether its memory was given back for now.
         num_live_requests: requests that have not ended.
         num_queued: of those, ones that no step has taken up yet.
+        num_ranks: processes that compute together; bytes of ``kv`` are those of all of them.
+        plan_times: what it took to have them do the same; None for one alone.
     """
 
     time: float
@@ -64,6 +75,8 @@ class EngineSnapshot:
     is_asleep: bool
     num_live_requests: int
     num_queued: int
+    num_ranks: int = 1
+    plan_times: PlanTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,8 @@ class EngineThread:
 
     A step that raises is tried again; if that fails too, the requests that were running end with
     an error and the others go on. If that happens again and again, all requests end so; then an
-    engine that cannot even compute one token alone is dead, and the thread ends with the error.
+    engine that cannot even compute one token alone is dead, and the thread ends with the error. An
+    engine that lost a rank is dead at once, also while it has nothing to do.
 
     Args:
         make_engine: loads the engine, on the thread.
@@ -170,7 +184,7 @@ class EngineThread:
         self.snapshot = EngineSnapshot(
             time=time.monotonic(),
             scheduler=engine.stats(),
-            kv=engine.kv_stats(),
+            kv=stats_of_all(engine.kv_stats(), engine.num_ranks),
             prefix=engine.prefix_stats(),
             tokens=engine.token_stats(),
             num_steps=self._num_steps,
@@ -178,6 +192,8 @@ class EngineThread:
             is_asleep=engine.is_asleep,
             num_live_requests=len(self._live),
             num_queued=len(self._unstarted),
+            num_ranks=engine.num_ranks,
+            plan_times=None if engine.leader is None else replace(engine.leader.times),
         )
 
     def _run(self) -> None:
@@ -225,16 +241,31 @@ class EngineThread:
 
     def _wait_for_command(self, engine: LLMEngine) -> Command:
         self.busy_since = None
-        if self._release_time is not None and not engine.is_asleep:
+        while True:
+            if engine.leader is not None:
+                engine.leader.check()
             try:
-                return self._commands.get(timeout=max(0, self._release_time - time.monotonic()))
+                command = self._commands.get(timeout=self._patience_s(engine))
             except queue.Empty:
-                self._release_time = None
-                engine.trim_kv_cache()
-                self.take_snapshot(engine)
-        command = self._commands.get()
-        self._release_later()
-        return command
+                self._release_if_due(engine)
+                continue
+            self._release_later()
+            return command
+
+    def _patience_s(self, engine: LLMEngine) -> float | None:
+        """How long to wait for a command before something else is due; None: for ever."""
+        due_s = [] if engine.leader is None else [RANK_CHECK_SECONDS]
+        if self._release_time is not None and not engine.is_asleep:
+            due_s.append(max(0.0, self._release_time - time.monotonic()))
+        return min(due_s, default=None)
+
+    def _release_if_due(self, engine: LLMEngine) -> None:
+        if self._release_time is None or engine.is_asleep:
+            return
+        if time.monotonic() >= self._release_time:
+            self._release_time = None
+            engine.trim_kv_cache()
+            self.take_snapshot(engine)
 
     def _release_later(self) -> None:
         if self._release_idle_after_s is not None:
@@ -243,6 +274,8 @@ class EngineThread:
     def _step(self, engine: LLMEngine) -> None:
         try:
             outputs = engine.step()
+        except RankLostError:
+            raise  # no step can mend it
         except Exception as error:
             self._num_failed_steps += 1
             logger.exception("a step failed")

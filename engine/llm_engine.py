@@ -38,6 +38,7 @@ from .token_counts import TokenStats
 
 if TYPE_CHECKING:
     from .tensor_parallel.leader import RankLeader
+    from .tensor_parallel.rank_report import RankReport
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -179,6 +180,11 @@ class LLMEngine:
         return self._runner.forward_name
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that compute together, this one included."""
+        return self.config.tensor_parallel_size
+
+    @property
     def leader(self) -> RankLeader | None:
         """The other ranks of a tensor-parallel engine."""
         return self._leader
@@ -193,7 +199,7 @@ class LLMEngine:
         return self._scheduler.stats()
 
     def kv_stats(self) -> KVCacheStats:
-        """What the KV memory is doing."""
+        """What the KV memory is doing; with several ranks that of this one, as all settings are."""
         return self._backend.stats()
 
     def prefix_stats(self) -> PrefixCacheStats:
@@ -201,15 +207,21 @@ class LLMEngine:
         return self._backend.prefix_stats()
 
     def page_map(self) -> PageMap:
-        """The pages of every slot, with the requests they belong to; while it sleeps too."""
+        """The pages of every slot, with the requests they belong to; while it sleeps too.
+
+        With several ranks those of rank 0, which are where every other rank's are.
+        """
         self._check_open()
-        request_of = {
-            seq.seq_id: group.request_id
-            for group in self._requests.values()
-            for seq in group.seqs
-            if seq.has_kv
-        }
-        return self._backend.page_map().with_requests(request_of)
+        return self._backend.page_map().with_requests(self._request_of())
+
+    @_on_stream
+    def rank_reports(self) -> list[RankReport]:
+        """How the memory of every rank is, by a round of messages; empty without ranks."""
+        self._check_open()
+        if self._leader is None:
+            return []
+        request_of = self._request_of()
+        return [report.with_requests(request_of) for report in self._leader.reports()]
 
     def is_started(self, request_id: str) -> bool:
         """Whether a request got into a step, or is not live any more."""
@@ -424,6 +436,15 @@ class LLMEngine:
         self._check_open()
         if self._is_asleep:
             raise VmallocError("the engine sleeps; wake() it first")
+
+    def _request_of(self) -> dict[int, str]:
+        """The requests of sequences that have KV."""
+        return {
+            seq.seq_id: group.request_id
+            for group in self._requests.values()
+            for seq in group.seqs
+            if seq.has_kv
+        }
 
     def _start_over(self) -> None:
         """No rank computed a step, as one could not: all lose what they hold, but no request."""

@@ -25,6 +25,7 @@ from .device_memory import MemoryUse, kv_capacity
 from .devices import choose_device
 from .model_loader import outline_model, resolve_model_name
 from .probe import observe_outline
+from .tensor_parallel.rank_outline import outline_rank
 from .workspace import estimate_workspace, has_experts, without_experts
 
 
@@ -32,7 +33,11 @@ from .workspace import estimate_workspace, has_experts, without_experts
 class MemoryPlan:
     """The figures of one engine before it exists; sizes in bytes.
 
+    With several ranks sizes are those of each; ``num_tokens`` and what counts sequences and pages
+    is of all, for every rank has the same ones.
+
     Attributes:
+        num_ranks: processes that share the model's heads.
         model, device, dtype: what would run, where, and in which element type.
         kv_backend, kv_driver, kv_reason: which KV cache ``auto`` stands for, and why.
         layers: what each decoder layer stores for a token.
@@ -56,6 +61,7 @@ class MemoryPlan:
         notes: what to know, and what cannot be known before the engine starts.
     """
 
+    num_ranks: int
     model: str
     device: str
     dtype: str
@@ -102,7 +108,9 @@ def plan_memory(model: str | os.PathLike[str], config: EngineConfig | None = Non
     choice = choose_backend(config.kv_backend, str(device), config.kv_driver)
     with without_experts(outline):
         layers, num_heads = observe_outline(outline)
-    weights = _num_bytes(outline)
+    num_ranks = config.tensor_parallel_size
+    rank = outline_rank(name, outline, layers, num_heads, num_ranks, device)
+    layers, num_heads, weights = rank.layers, rank.num_heads, rank.weight_bytes
     workspace = estimate_workspace(
         outline,
         num_tokens=config.step_tokens,
@@ -115,6 +123,7 @@ def plan_memory(model: str | os.PathLike[str], config: EngineConfig | None = Non
     with _make_cache(cache_config(resolved, layers), num_heads, caches, choice) as backend:
         figures = _cache_figures(backend, choice, device)
         return MemoryPlan(
+            num_ranks=num_ranks,
             model=os.fspath(model),
             device=str(device),
             dtype=str(next(outline.parameters()).dtype).removeprefix("torch."),
@@ -132,7 +141,10 @@ def plan_memory(model: str | os.PathLike[str], config: EngineConfig | None = Non
             max_model_len=max_model_len,
             max_num_seqs=resolved.max_num_seqs,
             max_num_batched_tokens=resolved.step_tokens,
-            notes=_notes(outline, device, choice, is_cap_exact, figures),
+            notes=(
+                *_notes(outline, device, choice, is_cap_exact, figures),
+                *_rank_notes(num_ranks, device),
+            ),
             **figures,
         )
 
@@ -182,10 +194,6 @@ def _make_cache(
 def counting_twin(config: KVCacheConfig, kind: str) -> KVBackend:
     """The same cache over the null driver: it counts pages and takes neither them nor addresses."""
     return create_kv_backend(replace(config, device="cpu", driver="null"), kind)
-
-
-def _num_bytes(outline: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in outline.parameters())
 
 
 def _available(device: torch.device) -> int:
@@ -248,4 +256,16 @@ def _notes(
         notes.append("What CUDA graphs and libraries take of the GPU shows when it starts.")
     if choice.driver == "torch":
         notes.append("The paged backend takes the whole cap when it starts.")
+    return tuple(notes)
+
+
+def _rank_notes(num_ranks: int, device: torch.device) -> tuple[str, ...]:
+    if num_ranks == 1:
+        return ()
+    notes = [
+        f"Sizes are those of each of the {num_ranks} ranks; the weights are told from the model's "
+        "plan, and the workspace is that of the whole model."
+    ]
+    if device.type == "cpu":
+        notes.append("On the CPU all ranks take them from the same memory.")
     return tuple(notes)

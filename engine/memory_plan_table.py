@@ -33,6 +33,7 @@ def memory_plan_report(plan: MemoryPlan) -> Group:
 def _model_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
     rows = [
         ("Device", plan.device, f"computes in {plan.dtype}"),
+        *_rank_rows(plan),
         ("KV cache", plan.kv_backend, f"on {plan.kv_driver}: {plan.kv_reason}"),
     ]
     first = 0
@@ -48,6 +49,19 @@ def _model_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _rank_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
+    if plan.num_ranks == 1:
+        return []
+    return [("Ranks", str(plan.num_ranks), "a process each; sizes are those of one")]
+
+
+def _of_all(plan: MemoryPlan, num_bytes: int) -> str:
+    """What all ranks take together, as the end of a remark."""
+    if plan.num_ranks == 1:
+        return ""
+    return f"; {format_bytes(plan.num_ranks * num_bytes)} on all ranks"
+
+
 def _describe(spec: LayerKVSpec) -> str:
     dims = f"{spec.k_head_dim}"
     if spec.v_head_dim != spec.k_head_dim:
@@ -60,14 +74,26 @@ def _memory_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
     about = "" if plan.is_cap_exact else "about "
     return [
         ("Memory available", format_bytes(plan.available_bytes), f"on {plan.device}, now"),
-        ("Weights", format_bytes(plan.weight_bytes), "the model's parameters"),
+        (
+            "Weights",
+            ("" if plan.num_ranks == 1 else "about ") + format_bytes(plan.weight_bytes),
+            "the model's parameters" + _of_all(plan, plan.weight_bytes),
+        ),
         (
             "Workspace",
             f"about {format_bytes(plan.workspace_bytes)}",
             f"largest step: {plan.max_num_batched_tokens} tokens, {plan.max_num_seqs} sequences",
         ),
-        ("KV cap", about + format_bytes(plan.cap_bytes), plan.cap_reason),
-        ("Swap space", about + format_bytes(plan.swap_space_bytes), "on the host, when needed"),
+        (
+            "KV cap",
+            about + format_bytes(plan.cap_bytes),
+            plan.cap_reason + _of_all(plan, plan.cap_bytes),
+        ),
+        (
+            "Swap space",
+            about + format_bytes(plan.swap_space_bytes),
+            "on the host, when needed" + _of_all(plan, plan.swap_space_bytes),
+        ),
         (
             "Address space",
             format_bytes(plan.reserved_bytes),

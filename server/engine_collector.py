@@ -5,7 +5,7 @@ Owns: nothing but the tables of names.  Thread-safety: any thread; a snapshot ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import get_args
 
@@ -19,8 +19,10 @@ from ..engine import (
     EngineSnapshot,
     EngineState,
     KVCacheStats,
+    RankReport,
     TokenStats,
 )
+from .rank_families import plan_families, rank_families
 
 KV_GAUGES = {
     "reserved_bytes": "Address space reserved for K and V; it costs no memory",
@@ -65,6 +67,9 @@ class EngineCollector(Collector):
         engine: whose figures.
         model_name: label of every figure with vLLM's name, beside ``engine="0"``.
         cache_info: labels of ``vllm:cache_config_info``; filled in once they are known.
+
+    Attributes:
+        rank_reports: of every rank; whoever asks for the figures brings them up to date before.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class EngineCollector(Collector):
         self._engine = engine
         self._labels = {"model_name": model_name, "engine": "0"}
         self._cache_info = cache_info
+        self.rank_reports: Sequence[RankReport] = ()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: what there is depends on whether the engine started."""
@@ -86,6 +92,13 @@ class EngineCollector(Collector):
             yield from self._vllm_families(snapshot)
             yield from _kv_families(snapshot.kv)
             yield from _scheduling_families(snapshot)
+            yield _gauge(
+                "vmalloc_tensor_parallel_size",
+                "Ranks: processes that compute together",
+                snapshot.num_ranks,
+            )
+            yield from plan_families(snapshot)
+            yield from rank_families(self.rank_reports)
 
     def _server_families(self) -> Iterator[Metric]:
         engine = self._engine

@@ -23,6 +23,7 @@ from ..engine import (
     ConfigError,
     EngineUnavailableError,
     QueueFullError,
+    RankLostError,
     RequestAbortedError,
     RequestTimeoutError,
 )
@@ -130,6 +131,8 @@ def as_api_error(error: BaseException) -> ApiError:
         headers = _NO_RETRY if error.retry_after_s is None else _retry_after(error.retry_after_s)
         code = "engine_error" if error.state == "running" else f"engine_{error.state}"
         return ApiError(503, str(error), code=code, headers=headers)
+    if isinstance(error, RankLostError):  # of a call that was the first to meet it
+        return ApiError(503, str(error), code="engine_dead", headers=_NO_RETRY)
     logger.error("a request failed for a reason of ours", exc_info=error)
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
 
@@ -193,6 +196,7 @@ def install_error_handlers(app: FastAPI) -> None:
         ConfigError,
         QueueFullError,
         EngineUnavailableError,
+        RankLostError,
         RequestTimeoutError,
         RequestAbortedError,
     ):

@@ -8,7 +8,7 @@ Names under ``vllm:`` mean what they mean in vLLM, so that its dashboards work; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,7 +20,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from ..engine import AsyncLLMEngine, RequestMetrics, RequestOutput, SamplingParams
+from ..engine import AsyncLLMEngine, RankReport, RequestMetrics, RequestOutput, SamplingParams
 from .engine_collector import EngineCollector
 
 TTFT_BUCKETS = (
@@ -65,7 +65,8 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
         self._cache_info: dict[str, str] = {}
-        self._registry.register(EngineCollector(engine, model_name, self._cache_info))
+        self._collector = EngineCollector(engine, model_name, self._cache_info)
+        self._registry.register(self._collector)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         Gauge("vmalloc_build_info", "Always 1", ["version"], registry=self._registry).labels(
@@ -234,11 +235,12 @@ class ServerMetrics:
         self._http_requests.labels(method, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
 
-    def render(self) -> bytes:
-        """The figures in Prometheus' text format.
+    def render(self, rank_reports: Sequence[RankReport] = ()) -> bytes:
+        """The figures in Prometheus' text format; ``rank_reports``: the latest, where ranks are.
 
         Not in OpenMetrics', which would turn ``vllm:`` into ``vllm_``.
         """
+        self._collector.rank_reports = rank_reports
         return generate_latest(self._registry)
 
 

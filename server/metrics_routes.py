@@ -19,6 +19,8 @@ router = APIRouter(tags=["operations"])
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """The figures of the engine and of the requests so far, in Prometheus' text format."""
+    state = server_state(request)
+    rank_reports = await state.page_map.rank_reports()
     # Ten milliseconds of work, which no stream should wait for.
-    content = await asyncio.to_thread(server_state(request).metrics.render)
+    content = await asyncio.to_thread(state.metrics.render, rank_reports)
     return Response(content, headers={"content-type": CONTENT_TYPE})

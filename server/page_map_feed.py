@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from ..engine import (
@@ -21,16 +21,14 @@ from ..engine import (
     LLMEngine,
     PageMap,
     PrefixCacheStats,
+    RankReport,
     SchedulerStats,
     VmallocError,
+    page_map_of_all,
+    stats_of_all,
 )
-from .protocol.page_map import (
-    PageMapBody,
-    PageMapFrame,
-    PageMapState,
-    PageMapTotals,
-    SlotEntry,
-)
+from .page_map_bodies import page_map_body, rank_entry
+from .protocol.page_map import PageMapFrame, PageMapState, PageMapTotals
 
 PERIOD_SECONDS = 0.25
 """Least time from one frame to the next."""
@@ -42,24 +40,30 @@ RATE_SECONDS = 2.0
 """Rates are those of this much time."""
 
 
+RANK_REPORT_SECONDS = 2.0
+"""Longest wait for the ranks' figures; those of the last time then have to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What one look at the engine, between two steps, found."""
+    """What one look at the engine, between two steps, found; with ranks ``ranks`` has each."""
 
     page_map: PageMap
     kv: KVCacheStats
     scheduler: SchedulerStats
     prefix: PrefixCacheStats
     generated_tokens: int
+    ranks: tuple[RankReport, ...]
 
     @classmethod
     def at(cls, engine: LLMEngine) -> _Look:
         return cls(
-            engine.page_map(),
-            engine.kv_stats(),
+            page_map_of_all(engine.page_map(), engine.num_ranks),
+            stats_of_all(engine.kv_stats(), engine.num_ranks),
             engine.stats(),
             engine.prefix_stats(),
             engine.token_stats().generation_tokens,
+            tuple(engine.rank_reports()),
         )
 
     @property
@@ -117,6 +121,18 @@ class PageMapFeed:
                 self._frame = self._make_frame(look)
                 self._frame_time = now
             return self._frame
+
+    async def rank_reports(self) -> tuple[RankReport, ...]:
+        """How every rank's memory is; empty for an engine of one process.
+
+        What was seen last, where the engine is in the middle of something or does not run.
+        """
+        snapshot = self._engine.snapshot
+        if snapshot is None or snapshot.num_ranks == 1:
+            return ()
+        with suppress(VmallocError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._look_in_turn(), RANK_REPORT_SECONDS)
+        return () if self._look is None else self._look.ranks
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[PageMapFrame | PageMapState]]:
@@ -192,6 +208,10 @@ class PageMapFeed:
             return frame != last
         return frame.model_copy(update={"time": last.time}) != last
 
+    async def _look_in_turn(self) -> None:
+        async with self._lock:
+            await self._look_again()
+
     async def _look_again(self) -> _Look:
         """Ask the engine, unless it did nothing since it was asked last."""
         snapshot = self._engine.snapshot
@@ -213,7 +233,7 @@ class PageMapFeed:
             time=time.time(),
             state=self._engine.state,
             model=self._model,
-            map=_body(look.page_map),
+            map=page_map_body(look.page_map),
             totals=PageMapTotals(
                 reserved_bytes=kv.reserved_bytes,
                 capacity_bytes=kv.capacity_bytes,
@@ -239,6 +259,7 @@ class PageMapFeed:
                 tokens_per_s=tokens_per_s,
                 pages_mapped_per_s=pages_per_s,
             ),
+            ranks=[rank_entry(report) for report in look.ranks],
         )
 
     def _rates(self, look: _Look) -> tuple[float, float]:
@@ -263,28 +284,3 @@ class PageMapFeed:
 async def _read(inbox: _Inbox) -> AsyncIterator[PageMapFrame | PageMapState]:
     while (frame := await inbox.get()) is not None:
         yield frame
-
-
-def _body(page_map: PageMap) -> PageMapBody:
-    return PageMapBody(
-        backend=page_map.backend,
-        is_asleep=page_map.is_asleep,
-        page_bytes=page_map.page_bytes,
-        row_bytes=list(page_map.row_bytes),
-        slot_pages=list(page_map.slot_pages),
-        num_slots=page_map.num_slots,
-        shared_refs=page_map.shared_refs,
-        held_pages=page_map.held_pages,
-        cached_pages=page_map.cached_pages,
-        slots=[
-            SlotEntry(
-                slot_idx=slot.slot_idx,
-                seq_id=slot.seq_id,
-                request_id=slot.request_id,
-                num_tokens=slot.num_tokens,
-                is_padding=slot.is_padding,
-                runs=[[(run.kind, run.num_pages) for run in runs] for runs in slot.runs],
-            )
-            for slot in page_map.slots
-        ],
-    )

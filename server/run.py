@@ -47,6 +47,9 @@ BACKLOG = 2048
 FLUSH_SECONDS = 5
 """Time that answers which are ready get to reach their clients when the server ends."""
 
+LOST_SECONDS = 1.0
+"""Time in which a server that lost a rank still answers, that it did: to requests and to probes."""
+
 END_SECONDS = 5.0
 """Time that the engine gets to end a step when the server is told to end at once."""
 
@@ -115,7 +118,10 @@ def make_state(
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that answers 503 while it drains, and ends with its engine's start.
+    """A uvicorn server that answers 503 while it drains, and ends where its engine cannot go on.
+
+    That is where it does not start, and where it lost a rank: nothing but a new start of all ranks
+    mends that.
 
     Attributes:
         start_error: what kept the engine from starting, or None.
@@ -145,6 +151,7 @@ class DrainingServer(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_repeats = 0
+        self._is_ending = False
         self.start_error: BaseException | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -178,6 +185,13 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         for address in _addresses(self._state.config, sockets or []):
             logger.info("listening on %s", address)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._state.engine.is_rank_lost and not self._is_ending:
+            self._is_ending = True
+            assert self._loop is not None
+            self._loop.call_later(LOST_SECONDS, setattr, self, "should_exit", True)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A client that never reads its answer does not keep the server.

@@ -140,6 +140,7 @@ def _cache_info(engine: LLMEngine) -> dict[str, object]:
         "kv_backend": engine.backend.name,
         "page_bytes": stats.page_bytes,
         "token_bytes": cache.token_bytes,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "kernel": engine.kernel_name,

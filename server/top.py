@@ -1,114 +1,205 @@
-"""``vmalloc top``: a server's page map in the terminal, as it changes.
+"""``vmalloc top``: the page maps of servers in the terminal, as they change.
 
-Owns: the terminal while it runs.  Thread-safety: none; one command.
+Owns: the terminal while it runs, and a thread for each server.
+Thread-safety: none; one command. Threads only read, and tell the command what came.
 """
 
 from __future__ import annotations
 
 import json
+import queue
+import sys
+import threading
 import time
-from collections import deque
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from ..errors import VmallocError
 from .page_map_client import Frame, PageMapClient, ServerUnreachableError
+from .top_fleet import SeenServer, fleet_view
 from .top_view import page_map_view
 
 RATE_PAUSE_SECONDS = 1.0
 """One frame alone says nothing of rates: it is the second of two."""
 
-NUM_RATES = 120
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 8.0
 
 EXIT_OK = 0
+EXIT_FAILED = 1
 
 
-def top(url: str, *, api_key: str | None = None, once: bool = False, as_json: bool = False) -> int:
-    """Draw the page map of the server at ``url`` until Ctrl-C; the exit code.
+def top(
+    urls: Sequence[str], *, api_key: str | None = None, once: bool = False, as_json: bool = False
+) -> int:
+    """Draw the page maps of the servers at ``urls`` until Ctrl-C; the exit code.
 
-    A server that goes away is waited for, once it was there.
+    A server that goes away is waited for. One that does not answer from the start is, where another
+    one does; the exit code is 1 then if nothing waits for it.
 
     Args:
-        once: print one frame and end; also where the output is no terminal.
-        as_json: print frames as JSON, one a line.
+        once: print one frame of each and end; also where the output is no terminal.
+        as_json: print frames as JSON, one a line, with the ``url`` they are from.
 
     Raises:
-        ConfigError: ``url`` is no URL.
-        VmallocError: nothing answers there, or it refuses.
+        ConfigError: one of ``urls`` is no URL.
+        VmallocError: nothing answers at any, or it refuses.
     """
     console = Console()
-    with PageMapClient(url, api_key) as client:
-        try:
-            if once or not (as_json or console.is_terminal):
-                _print_once(client, console, as_json=as_json)
-            elif as_json:
-                _print_lines(client)
-            else:
-                _draw(client, console)
-        except KeyboardInterrupt:
-            pass
+    # Never closed: their threads read until the process ends.
+    clients = [PageMapClient(url, api_key) for url in urls]
+    seen = _first_frames(clients)
+    try:
+        if once or not (as_json or console.is_terminal):
+            return _print_once(clients, seen, console, as_json=as_json)
+        if as_json:
+            return _print_lines(clients)
+        _draw(clients, seen, console)
+    except KeyboardInterrupt:
+        pass
     return EXIT_OK
 
 
-def _print_once(client: PageMapClient, console: Console, *, as_json: bool) -> None:
-    client.frame()
+def _first_frames(clients: Sequence[PageMapClient]) -> list[SeenServer]:
+    """What all servers have to show now. Raises what is wrong with the first if none answers."""
+    seen, failures = [], []
+    for client in clients:
+        server = SeenServer(client.url)
+        try:
+            server.take(client.frame())
+        except VmallocError as error:
+            server.note = str(error)
+            failures.append(error)
+        seen.append(server)
+    if len(failures) == len(clients):
+        raise failures[0]
+    return seen
+
+
+def _print_once(
+    clients: Sequence[PageMapClient],
+    seen: Sequence[SeenServer],
+    console: Console,
+    *,
+    as_json: bool,
+) -> int:
     time.sleep(RATE_PAUSE_SECONDS)
-    frame = client.frame()
-    if as_json:
-        print(json.dumps(frame))
-    else:
-        console.print(page_map_view(frame, client.url, width=console.width))
+    code = EXIT_OK
+    for client, server in zip(clients, seen, strict=True):
+        try:
+            server.take(client.frame())
+        except VmallocError as error:
+            if len(clients) == 1:
+                raise
+            server.frame, server.note = None, str(error)
+            _complain(error)
+            code = EXIT_FAILED
+        if as_json and server.frame is not None:
+            _print_frame(client.url, server.frame)
+    if not as_json:
+        console.print(_view(seen, width=console.width, height=None))
+    return code
 
 
-def _print_lines(client: PageMapClient) -> None:
-    for kind, frame in client.frames():
-        if kind == "frame":
-            print(json.dumps(frame), flush=True)
+def _print_lines(clients: Sequence[PageMapClient]) -> int:
+    """Frames as they come, until every stream has ended."""
+    news = _watch(clients, is_patient=False)
+    num_left, code = len(clients), EXIT_OK
+    while num_left:
+        item = news.get()
+        if item.kind == "frame":
+            assert isinstance(item.what, dict)
+            _print_frame(clients[item.idx].url, item.what)
+        elif item.kind == "end":
+            num_left -= 1
+            if isinstance(item.what, VmallocError):
+                if len(clients) == 1:
+                    raise item.what
+                _complain(item.what)
+                code = EXIT_FAILED
+    return code
 
 
-def _draw(client: PageMapClient, console: Console) -> None:
-    frame = client.frame()  # what is wrong from the start is an error, not something to wait for
-    screen = _Screen(client.url, console, frame)
+def _draw(clients: Sequence[PageMapClient], seen: Sequence[SeenServer], console: Console) -> None:
+    news = _watch(clients, is_patient=True)
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        delay = FIRST_RETRY_SECONDS
         while True:
-            try:
-                for kind, data in client.frames():
-                    delay = FIRST_RETRY_SECONDS
-                    screen.take(kind, data)
-                    live.update(screen.view(), refresh=True)
-                screen.note = "the stream ended; connecting again"
-            except ServerUnreachableError:
-                screen.note = "the connection was lost; connecting again"
-            live.update(screen.view(), refresh=True)
-            time.sleep(delay)
-            delay = min(2 * delay, LONGEST_RETRY_SECONDS)
+            width, height = console.size
+            live.update(_view(seen, width=width, height=height), refresh=True)
+            item = news.get()
+            server = seen[item.idx]
+            if item.kind == "frame":
+                assert isinstance(item.what, dict)
+                server.take(item.what)
+            else:
+                server.note = str(item.what)
 
 
-class _Screen:
-    """The newest frame, and the rates of those before it."""
+def _view(seen: Sequence[SeenServer], *, width: int, height: int | None) -> RenderableType:
+    """What the terminal is to show: all of the only server, or an overview of several."""
+    only = seen[0]
+    if len(seen) > 1 or only.frame is None:
+        return fleet_view(seen, width=width, height=height)
+    rates = list(only.rates)
+    return page_map_view(only.frame, only.url, rates, width=width, height=height, note=only.note)
 
-    def __init__(self, url: str, console: Console, frame: Frame) -> None:
-        self.note = ""
-        self._url = url
-        self._console = console
-        self._frame = frame
-        self._rates: deque[float] = deque(maxlen=NUM_RATES)
 
-    def take(self, kind: str, data: Frame) -> None:
-        """A page map, or why there is none."""
-        if kind == "state":
-            self.note = " ".join(filter(None, (data["state"], data["detail"])))
-            return
-        self.note = ""
-        self._frame = data
-        self._rates.append(data["totals"]["tokens_per_s"])
+class _News(NamedTuple):
+    """What a server sent: a frame, a word on its state, or the end of its stream and why."""
 
-    def view(self) -> RenderableType:
-        """What the terminal is to show now."""
-        width, height = self._console.size
-        return page_map_view(
-            self._frame, self._url, list(self._rates), width=width, height=height, note=self.note
-        )
+    idx: int
+    kind: Literal["frame", "note", "end"]
+    what: Frame | str | VmallocError | None
+
+
+def _watch(clients: Sequence[PageMapClient], *, is_patient: bool) -> queue.SimpleQueue[_News]:
+    """Read all streams; ``is_patient``: connect again where one ends."""
+    news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+    for idx, client in enumerate(clients):
+        read = _read_again if is_patient else _read
+        threading.Thread(target=read, args=(client, idx, news), daemon=True).start()
+    return news
+
+
+def _read(client: PageMapClient, idx: int, news: queue.SimpleQueue[_News]) -> None:
+    failure: VmallocError | None = None
+    try:
+        for kind, data in client.frames():
+            news.put(_item(idx, kind, data))
+    except VmallocError as error:
+        failure = error
+    news.put(_News(idx, "end", failure))
+
+
+def _read_again(client: PageMapClient, idx: int, news: queue.SimpleQueue[_News]) -> None:
+    delay, was_there = FIRST_RETRY_SECONDS, False
+    while True:
+        note = "the stream ended; connecting again"
+        try:
+            for kind, data in client.frames():
+                delay, was_there = FIRST_RETRY_SECONDS, True
+                news.put(_item(idx, kind, data))
+        except ServerUnreachableError as error:
+            note = "the connection was lost; connecting again" if was_there else str(error)
+        except VmallocError as error:
+            note = f"{error}; asking again"
+        news.put(_News(idx, "note", note))
+        time.sleep(delay)
+        delay = min(2 * delay, LONGEST_RETRY_SECONDS)
+
+
+def _item(idx: int, kind: str, data: Frame) -> _News:
+    if kind == "state":
+        return _News(idx, "note", " ".join(filter(None, (data["state"], data["detail"]))))
+    return _News(idx, "frame", data)
+
+
+def _print_frame(url: str, frame: Frame) -> None:
+    print(json.dumps({"url": url, **frame}), flush=True)
+
+
+def _complain(error: VmallocError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)

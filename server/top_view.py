@@ -52,29 +52,35 @@ def page_map_view(
         note: said beside the state, e.g. that the connection was lost.
     """
     page_map, totals = frame["map"], frame["totals"]
-    state = "asleep" if page_map["is_asleep"] else frame["state"]
     title = Text.assemble(
         ("vmalloc top", "bold"),
         f"  {frame['model']}  ",
         (url, "bright_black"),
         "  ",
-        (state, "bold"),
+        (state_of(frame), "bold"),
     )
     if note:
         title.append(f"  {note}", "red")
     sizes = bytes_by_kind(page_map, totals)
-    max_rows = None if height is None else max(1, height - NUM_FIXED_LINES)
+    ranks = _rank_lines(frame.get("ranks", []), width)
+    max_rows = None if height is None else max(1, height - NUM_FIXED_LINES - len(ranks))
     return Group(
-        _cut(title, width),
+        cut(title, width),
         Text(),
         _capacity_line(sum(sizes.values()), totals),
-        _capacity_bar(sizes, totals["capacity_bytes"], width),
+        capacity_bar(sizes, totals["capacity_bytes"], width),
         _legend(sizes, width),
         Text(),
-        *_slot_lines(page_map, width, max_rows),
+        *slot_lines(page_map, width, max_rows),
         Text(),
         _figures(totals, rates, width),
+        *ranks,
     )
+
+
+def state_of(frame: dict[str, Any]) -> str:
+    """What the server is doing."""
+    return "asleep" if frame["map"]["is_asleep"] else str(frame["state"])
 
 
 def bytes_by_kind(page_map: dict[str, Any], totals: dict[str, Any]) -> dict[str, int]:
@@ -105,6 +111,34 @@ def format_bytes(num_bytes: float) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
+def _rank_lines(ranks: Sequence[dict[str, Any]], width: int) -> list[Text]:
+    """What may differ from rank to rank: a line for each, under their names."""
+    if not ranks:
+        return []
+    names = ("in use", "created", "ahead", "parked", "waited for", "stalled", "peak RSS")
+    rows = [("", *names)]
+    for rank in ranks:
+        totals, page_bytes = rank["totals"], rank["map"]["page_bytes"]
+        rows.append(
+            (
+                f"rank {rank['rank']}",
+                format_bytes(totals["in_use_pages"] * page_bytes),
+                format_bytes(totals["created_pages"] * page_bytes),
+                format_bytes(totals["ahead_bytes"]),
+                format_bytes(totals["parked_bytes"]),
+                f"{totals['critical_pages']} pages",
+                f"{totals['stall_us'] / 1e3:.1f} ms",
+                format_bytes(rank["peak_rss_bytes"]),
+            )
+        )
+    widths = [max(len(row[idx]) for row in rows) for idx in range(len(rows[0]))]
+    lines = [Text()]
+    for idx, row in enumerate(rows):
+        cells = (cell.rjust(size) for cell, size in zip(row, widths, strict=True))
+        lines.append(cut(Text("  ".join(cells), "" if idx else "bright_black"), width))
+    return lines
+
+
 def _capacity_line(in_use: int, totals: dict[str, Any]) -> Text:
     return Text.assemble(
         (format_bytes(in_use), "bold"),
@@ -113,7 +147,8 @@ def _capacity_line(in_use: int, totals: dict[str, Any]) -> Text:
     )
 
 
-def _capacity_bar(sizes: dict[str, int], capacity: int, width: int) -> Text:
+def capacity_bar(sizes: dict[str, int], capacity: int, width: int) -> Text:
+    """Memory by kind, over the whole width."""
     whole = max(capacity, sum(sizes.values()), 1)
     cells: list[str] = []
     for kind, size in sizes.items():
@@ -136,7 +171,8 @@ def _legend(sizes: dict[str, int], width: int) -> Text:
     return Text("\n").join(lines)
 
 
-def _slot_lines(page_map: dict[str, Any], width: int, max_rows: int | None) -> list[Text]:
+def slot_lines(page_map: dict[str, Any], width: int, max_rows: int | None) -> list[Text]:
+    """A line a slot; those beyond ``max_rows`` are counted."""
     slots = page_map["slots"]
     if not slots:
         return [Text("no slot has pages", "bright_black")]
@@ -164,7 +200,7 @@ def _slot_line(slot: dict[str, Any], pages_per_cell: int, width: int) -> Text:
     line.append(f"{name:<12}", "" if slot["seq_id"] is not None else "bright_black")
     line.append(f"{slot['num_tokens'] or '':>7}  ", "bright_black")
     line.append(_cells(_kinds(slot["runs"], pages_per_cell)))
-    return _cut(line, width)
+    return cut(line, width)
 
 
 def _kinds(regions: Sequence[Sequence[tuple[str, int]]], pages_per_cell: int) -> list[str]:
@@ -224,7 +260,8 @@ def _cells(kinds: Iterable[str]) -> Text:
     return text
 
 
-def _cut(line: Text, width: int) -> Text:
+def cut(line: Text, width: int) -> Text:
+    """The line, no longer than the terminal is wide."""
     line.truncate(width, overflow="ellipsis")
     line.no_wrap = True
     return line

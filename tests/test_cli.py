@@ -42,7 +42,10 @@ def test_json_is_one_object_and_nothing_else_on_stdout():
         check=True,
     )
     document = json.loads(result.stdout)
-    assert set(document) == {"outputs", "memory", "kernel", "forward", "scheduler", "prefix_cache"}
+    assert set(document) == {
+        *("outputs", "memory", "ranks", "kernel", "forward", "scheduler", "prefix_cache"),
+    }
+    assert document["ranks"] == []  # one process is no rank
     assert [output["prompt"] for output in document["outputs"]] == ["def ", "import "]
     for output in document["outputs"]:
         assert set(output) == OUTPUT_KEYS
@@ -160,7 +163,7 @@ def test_a_request_that_cannot_fit_fails_alone_and_is_named(run):
         *("generate", "--json", "-p", "def ", "-p", "x = 1\n" * 60, "--max-tokens", "4"),
         *("--kv-cache-memory-bytes", str(4 * 65536)),
     )
-    assert code == cli.EXIT_FAILED_REQUEST
+    assert code == cli.EXIT_FAILED
     outputs = json.loads(out)["outputs"]
     assert outputs[0]["finish_reason"] == "length"
     assert outputs[1]["finish_reason"] == "error"

@@ -71,9 +71,9 @@ Seed = Annotated[
 KVCacheMemoryBytes = Annotated[
     int | None,
     typer.Option(
-        help="Hard cap on physical KV memory in every run. Default: for each workload half of "
-        "what its requests would hold together, so that memory limits its batches; bursty has "
-        "room for all.",
+        help="Hard cap on physical KV memory in every run, of each rank. Default: for a workload "
+        "half of what its requests would hold together, so that memory limits its batches; bursty "
+        "has room for all.",
         rich_help_panel=_LOAD,
         show_default=False,
     ),

@@ -32,7 +32,7 @@ from .prompt_text import TextPrinter, read_prompts
 if TYPE_CHECKING:
     from .engine import LLM, EngineConfig, RequestOutput
 
-EXIT_FAILED_REQUEST = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
@@ -90,6 +90,9 @@ def generate(
     priority: options.Priority = None,
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_port: options.TensorParallelPort = None,
+    tensor_parallel_timeout: options.TensorParallelTimeout = 60.0,
 ) -> None:
     """Generate text, and show what the KV cache did meanwhile."""
     prompts = read_prompts(prompt or [], prompts_file)
@@ -127,7 +130,7 @@ def generate(
     for error in errors:
         _complain(error)
     if errors:
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -190,6 +193,9 @@ def serve(
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     seed: serving.EngineSeed = 0,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_port: options.TensorParallelPort = None,
+    tensor_parallel_timeout: options.TensorParallelTimeout = 60.0,
 ) -> None:
     """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work.
 
@@ -316,7 +322,7 @@ def bench(
     else:
         Console().print(bench_report(result))
     if result.failures or result.num_unfinished:
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -347,6 +353,7 @@ def ab(
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     preemption_mode: options.PreemptionModeOption = options.PreemptionMode.AUTO,
     batch_invariant: options.BatchInvariant = False,
+    tensor_parallel_size: options.TensorParallelSize = 1,
 ) -> None:
     """Compare KV caches side by side: the same seeded requests, in turns, over one model.
 
@@ -378,22 +385,25 @@ def ab(
         config=EngineConfig(**_engine_settings(context.params)),
     )
     if not compare_backends(settings, json_file, html_file):
-        raise typer.Exit(EXIT_FAILED_REQUEST)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
 def top(
-    url: Annotated[str, typer.Argument(help="Where the server is, e.g. http://localhost:8000.")],
+    url: Annotated[
+        list[str],
+        typer.Argument(help="Where the server is, e.g. http://localhost:8000. Repeatable."),
+    ],
     api_key: Annotated[
         str | None,
-        typer.Option(help="Key that the server asks for.", envvar="VMALLOC_API_KEY"),
+        typer.Option(help="Key that the servers ask for.", envvar="VMALLOC_API_KEY"),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print frames as JSON, one a line.")
+        bool, typer.Option("--json", help="Print frames as JSON, one a line, with their url.")
     ] = False,
 ) -> None:
-    """Watch the pages of a running server in the terminal. Ctrl-C ends it."""
+    """Watch the pages of running servers in the terminal. Ctrl-C ends it."""
     _check_extra("server", ("httpx",))
     from .server.top import top as run_top
 
@@ -416,17 +426,29 @@ def info(as_json: options.AsJson = False) -> None:
 
 def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> None:
     """The figures of the KV memory; with ``as_json`` the outputs too, in one object."""
-    from .memory_table import memory_report, memory_summary
+    from .engine import stats_of_all
+    from .memory_table import memory_report, memory_summary, rank_report
 
-    stats, scheduler, prefixes = llm.kv_stats(), llm.engine.stats(), llm.engine.prefix_stats()
+    engine, num_ranks = llm.engine, llm.engine.num_ranks
+    stats, scheduler = stats_of_all(llm.kv_stats(), num_ranks), engine.stats()
+    prefixes, reports = engine.prefix_stats(), engine.rank_reports()
     max_model_len = llm.config.max_model_len or 0
-    max_length_bytes = stats.peak_live_seqs * llm.engine.backend.bytes_for(max_model_len)
+    longest_bytes = num_ranks * engine.backend.bytes_for(max_model_len)
+    max_length_bytes = stats.peak_live_seqs * longest_bytes
     if as_json:
         result = {
             "outputs": [entry for output in outputs for entry in _output_dicts(output)],
             "memory": memory_summary(stats, max_length_bytes),
-            "kernel": llm.engine.kernel_name,
-            "forward": llm.engine.forward_name,
+            "ranks": [
+                {
+                    "rank": report.rank,
+                    "peak_rss_bytes": report.peak_rss_bytes,
+                    "memory": memory_summary(report.kv_stats, max_length_bytes // num_ranks),
+                }
+                for report in reports
+            ],
+            "kernel": engine.kernel_name,
+            "forward": engine.forward_name,
             "scheduler": asdict(scheduler),
             "prefix_cache": {**asdict(prefixes), "misses": dict(prefixes.misses)},
         }
@@ -439,8 +461,18 @@ def _show_memory(llm: LLM, outputs: list[RequestOutput], *, as_json: bool) -> No
         ("Prompt tokens from the cache", prefixes.hit_tokens, f"of {prefixes.queried_tokens}"),
     )
     console.print(
-        memory_report(stats, max_length_bytes, max_model_len, width=console.width, events=events)
+        memory_report(
+            stats,
+            max_length_bytes,
+            max_model_len,
+            width=console.width,
+            events=events,
+            num_ranks=num_ranks,
+        )
     )
+    if reports:
+        ranks = [(report.kv_stats, report.peak_rss_bytes) for report in reports]
+        console.print(rank_report(ranks))
 
 
 def _output_dicts(output: RequestOutput) -> Iterator[dict[str, object]]:
@@ -471,6 +503,8 @@ def _engine_settings(params: Mapping[str, Any]) -> dict[str, Any]:
     settings["swap_space_bytes"] = None if num_gib is None else int(num_gib * 2**30)
     settings["commit_ahead_tokens"] = params["commit_ahead"]
     settings["seed"] = params["seed"] or 0
+    if "tensor_parallel_timeout" in params:
+        settings["tensor_parallel_timeout_s"] = params["tensor_parallel_timeout"]
     return settings
 
 
@@ -518,6 +552,7 @@ def _prepare_process(model: str | None) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # for other ranks
 
 
 def _complain(text: object) -> None:
@@ -530,7 +565,16 @@ def main() -> None:
         app()
     except VmallocError as error:
         _complain(error)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: VmallocError) -> int:
+    """Bad input, but for a rank that was lost: nothing that was typed is at fault there."""
+    if "vmalloc.engine" not in sys.modules:  # only an engine has ranks
+        return EXIT_BAD_INPUT
+    from .engine import RankLostError
+
+    return EXIT_FAILED if isinstance(error, RankLostError) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

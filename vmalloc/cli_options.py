@@ -14,6 +14,7 @@ import typer
 _SAMPLING = "Sampling"
 _MEMORY = "KV memory"
 _SCHEDULING = "Scheduling"
+_RANKS = "Several devices"
 
 
 class Dtype(str, Enum):
@@ -301,5 +302,28 @@ BatchInvariant = Annotated[
         "--batch-invariant",
         help="Make logits bitwise independent of batch mates.",
         rich_help_panel=_SCHEDULING,
+    ),
+]
+
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Processes, one a device, that share every layer's heads and their K and V. Sizes of "
+        "memory are for each of them.",
+        rich_help_panel=_RANKS,
+    ),
+]
+TensorParallelPort = Annotated[
+    int | None,
+    typer.Option(
+        help="TCP port on the loopback interface where they meet. Default: any free one.",
+        rich_help_panel=_RANKS,
+    ),
+]
+TensorParallelTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds that one may be behind the others before it counts as lost.",
+        rich_help_panel=_RANKS,
     ),
 ]

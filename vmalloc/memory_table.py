@@ -79,17 +79,21 @@ def memory_report(
     *,
     width: int = 80,
     events: Sequence[tuple[str, int, str]] = (),
+    num_ranks: int = 1,
 ) -> Group:
     """A table of the figures, and bars that compare the peak with a max-length reservation.
 
     What did not happen is left out: lines of sharing, the prefix cache and swapping whose figure is
     0, and of ``events`` (name, count, remark), which come at the end.
 
+    With ``num_ranks`` ranks bytes are those of all, and a page is what all ranks have of it.
+
     On a screen narrower than the table (``width`` columns) its remarks are left out, so that no
     figure is cut.
     """
     page = stats.page_bytes
-    table = Table(title="KV cache memory", title_justify="left", show_header=False, pad_edge=False)
+    title = "KV cache memory" if num_ranks == 1 else f"KV cache memory of {num_ranks} ranks"
+    table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     has_remarks = width >= _TABLE_WIDTH
@@ -141,6 +145,25 @@ def memory_report(
         bar_width=max(1, min(_BAR_WIDTH, width - _BAR_LABELS_WIDTH)),
     )
     return Group(table, bars)
+
+
+def rank_report(ranks: Sequence[tuple[KVCacheStats, int]]) -> Table:
+    """What may differ from rank to rank: figures of each, and the most memory its process had."""
+    table = Table(title="Each rank", title_justify="left", pad_edge=False)
+    table.add_column("rank")
+    for name in ("created", "in use", "mapped ahead", "while waiting", "stalled", "peak RSS"):
+        table.add_column(name, justify="right")
+    for rank, (stats, peak_rss_bytes) in enumerate(ranks):
+        table.add_row(
+            str(rank),
+            format_bytes(stats.created_pages * stats.page_bytes),
+            format_bytes(stats.in_use_pages * stats.page_bytes),
+            f"{stats.background_pages} pages",
+            f"{stats.critical_pages} pages",
+            f"{stats.stall_us / 1000:.1f} ms",
+            format_bytes(peak_rss_bytes),
+        )
+    return table
 
 
 def _lines(*lines: tuple[str, int, str]) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The comparison itself: every workload through every side, in turns, over one loaded model.
+"""The comparison itself: every workload through every side, in turns, over one model.
 
 Owns: the model while it runs.  Thread-safety: none; one run at a time.
 """
@@ -19,12 +19,13 @@ from ..cache_setup import resolve_max_model_len
 from ..config import EngineConfig
 from ..devices import choose_device
 from ..llm_engine import LLMEngine
+from ..loading import load_engine
 from ..model_loader import load_model, resolve_model_name, vocab_size
 from .arms import DEFAULT_ARMS, Arm, choose_arms
 from .caps import Cap, choose_cap
 from .equality import Equality, compare_outputs
 from .replay import ServedRequest
-from .run import Run, run_once
+from .run import MakeEngine, Run, run_once
 from .trace_file import read_trace
 from .workload import KINDS, Workload, make_workload
 
@@ -161,6 +162,12 @@ def run_experiment(
     """
     # What takes a moment to find out should not come after minutes of work.
     arms = choose_arms(settings.backends)
+    num_ranks = settings.config.tensor_parallel_size
+    if model is not None and num_ranks > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {num_ranks} and the model is loaded already; name it, so "
+            "that every rank loads its share"
+        )
     if model is None:
         model = _load(settings)
     workloads = _make_workloads(settings, model)
@@ -203,7 +210,8 @@ def _measure(
     settings = result.settings
     max_model_len = max(one.num_tokens for one in workload.requests)
     config = replace(settings.config, max_model_len=max_model_len)
-    cap = _find_cap(settings, model, config, arms[0], workload)
+    make_engine = _engine_maker(settings, model)
+    cap = _find_cap(settings, make_engine, config, arms[0], workload)
     config = replace(config, kv_cache_memory_bytes=cap.num_bytes)
     measured = WorkloadResult(workload, cap, max_model_len)
     result.workloads.append(measured)
@@ -211,7 +219,7 @@ def _measure(
         what = f"run {round_idx}" if round_idx else "untimed run"
         result.where = f"{workload.name}, {arm.name}, {what}"
         before_run(Turn(workload.name, arm.name, round_idx))
-        run = run_once(model, arm.configure(config), workload, has_logprobs=round_idx == 0)
+        run = run_once(make_engine, arm.configure(config), workload, has_logprobs=round_idx == 0)
         _note(result, measured, model, arm, round_idx, run)
 
 
@@ -252,6 +260,13 @@ def _load(settings: ABSettings) -> torch.nn.Module:
     return load_model(name, config.dtype, choose_device(config.device))
 
 
+def _engine_maker(settings: ABSettings, model: torch.nn.Module) -> MakeEngine:
+    """Engines over the loaded model, one at a time; every rank of several loads its share anew."""
+    if settings.config.tensor_parallel_size == 1:
+        return lambda config: LLMEngine(model, None, config)
+    return lambda config: load_engine(settings.model, None, config, skip_tokenizer_init=True)
+
+
 def _make_workloads(settings: ABSettings, model: torch.nn.Module) -> list[Workload]:
     context = resolve_max_model_len(model, settings.config)
     vocab = vocab_size(model)
@@ -278,12 +293,12 @@ def _make_workloads(settings: ABSettings, model: torch.nn.Module) -> list[Worklo
 
 def _find_cap(
     settings: ABSettings,
-    model: torch.nn.Module,
+    make_engine: MakeEngine,
     config: EngineConfig,
     arm: Arm,
     workload: Workload,
 ) -> Cap:
-    with LLMEngine(model, None, arm.configure(config)) as engine:
+    with make_engine(arm.configure(config)) as engine:
         return choose_cap(workload, engine.backend, settings.kv_cache_memory_bytes)
 
 
@@ -297,6 +312,7 @@ def _facts(settings: ABSettings, model: torch.nn.Module) -> dict[str, Any]:
         "device": str(parameter.device),
         "vocab_size": vocab_size(model),
         "context_tokens": resolve_max_model_len(model, settings.config),
+        "ranks": settings.config.tensor_parallel_size,
         "torch_threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ...backend import KVBackend, KVCacheStats
+from ..tensor_parallel.rank_report import stats_of_all
 
 N = TypeVar("N", int, float)
 
@@ -86,11 +87,13 @@ class Instruments:
     looking itself is in no call's time.
 
     Attributes:
+        num_ranks: ranks that have the same pages; memory is that of all.
         calls: by name.
         samples: one a step, in order.
     """
 
     backend: KVBackend
+    num_ranks: int = 1
     calls: dict[str, CallTime] = field(default_factory=dict)
     samples: list[MemorySample] = field(default_factory=list)
     _depth: int = 0
@@ -102,7 +105,7 @@ class Instruments:
 
     def observe(self) -> None:
         """Look at the memory now."""
-        stats = self.backend.stats()
+        stats = stats_of_all(self.backend.stats(), self.num_ranks)
         self.samples.append(
             MemorySample(time.monotonic(), stats.num_live_seqs, _state_bytes(stats))
         )

@@ -56,6 +56,8 @@ def _header(summary: dict[str, Any], title: str) -> str:
     model = f"{facts['model']} ({facts['architecture']}, {facts['parameters']:,} parameters)"
     line = f"{model}, {facts['dtype']} on {facts['device']}. {machine}."
     differences = "".join(f"<li>{escape(one)}</li>" for one in equality["differences"])
+    ranks = f"<p>{escape(summary['ranks'])}</p>\n" if summary["ranks"] else ""
+    loaded = "one model" if summary["ranks"] else "one loaded model"
     sides = "".join(
         f"<li><b>{escape(name)}</b>: {escape(words)}</li>"
         for name, words in summary["backends"].items()
@@ -65,13 +67,13 @@ def _header(summary: dict[str, Any], title: str) -> str:
     )
     return (
         f"<header><h1>{escape(title)}</h1>\n"
-        f'<p class="muted">The same seeded requests through each, in turns, over one loaded model. '
+        f'<p class="muted">The same seeded requests through each, in turns, over {loaded}. '
         f"{escape(line)}</p>\n<ul>{sides}</ul>\n"
         f"<pre>{escape(provenance['command'])}</pre>\n"
         f'<div class="banner{"" if equality["is_equal"] else " bad"}"><b>'
         f"{escape(equality['words'])}.</b>"
         f"{f'<ul>{differences}</ul>' if differences else ''}</div>\n"
-        f"{_warning(summary['stopped'])}"
+        f"{_warning(summary['stopped'])}{ranks}"
         f"<nav>{links}<a href='#definitions'>definitions</a><a href='#origin'>origin</a></nav>"
         "</header>"
     )

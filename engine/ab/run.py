@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-
-import torch
 
 from ..config import EngineConfig
 from ..llm_engine import LLMEngine
@@ -25,6 +24,9 @@ from .instruments import (
 from .replay import Served, ServedRequest, replay
 from .statistics import percentile
 from .workload import Workload
+
+MakeEngine = Callable[[EngineConfig], LLMEngine]
+"""Makes an engine over the model of a comparison, which no other engine has meanwhile."""
 
 PERCENTILES = (50, 90, 99)
 MAX_POINTS = 160
@@ -52,13 +54,18 @@ class Run:
 
 
 def run_once(
-    model: torch.nn.Module, config: EngineConfig, workload: Workload, *, has_logprobs: bool = False
+    make_engine: MakeEngine,
+    config: EngineConfig,
+    workload: Workload,
+    *,
+    has_logprobs: bool = False,
 ) -> Run:
-    """Serve ``workload`` with an engine of its own over a model that nobody else uses."""
-    engine = LLMEngine(model, None, config)
+    """Serve ``workload`` with an engine of its own; with several ranks memory is that of all."""
+    engine = make_engine(config)
     try:
-        kernel, driver = engine.kernel_name, getattr(engine.backend, "driver_name", "")
-        instruments = Instruments(engine.backend)
+        own = getattr(engine.backend, "cache", engine.backend)  # of this rank, where are several
+        kernel, driver = engine.kernel_name, getattr(own, "driver_name", "")
+        instruments = Instruments(engine.backend, engine.num_ranks)
         gc.collect()
         cpu, worker = time.process_time(), worker_cpu_seconds()
         served = replay(engine, workload, has_logprobs=has_logprobs, observe=instruments.observe)

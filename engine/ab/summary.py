@@ -19,7 +19,8 @@ SCHEMA = 1
 def summarize(result: ABResult, provenance: dict[str, Any]) -> dict[str, Any]:
     """Everything that was measured; numbers with the text that tables show for them."""
     first, *others = result.settings.backends
-    workloads = [_workload(one, result.settings.backends) for one in result.workloads]
+    num_ranks = result.settings.config.tensor_parallel_size
+    workloads = [_workload(one, result.settings.backends, num_ranks) for one in result.workloads]
     equality = result.equality
     return {
         "schema": SCHEMA,
@@ -38,6 +39,7 @@ def summarize(result: ABResult, provenance: dict[str, Any]) -> dict[str, Any]:
             "differences": [str(one) for one in equality.differences],
         },
         "stopped": _stopped(result),
+        "ranks": _rank_words(num_ranks),
         "score": {other: _score(workloads, other) for other in others},
         "metrics": [asdict(metric) for metric in METRICS],
         "workloads": workloads,
@@ -51,6 +53,16 @@ def _stopped(result: ABResult) -> str:
         return ""
     what = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     return f"Broken off in {result.where}: {what}. Whole rounds until then are shown."
+
+
+def _rank_words(num_ranks: int) -> str:
+    """Whose figures the report has, where there are several ranks; else empty."""
+    if num_ranks == 1:
+        return ""
+    return (
+        f"{num_ranks} ranks: KV memory and its cap are those of all of them together; CPU time and "
+        "the times of allocator, views, swapping and worker are those of rank 0."
+    )
 
 
 def chance_words(num_runs: int) -> str:
@@ -75,14 +87,14 @@ def _settings(settings: ABSettings) -> dict[str, Any]:
     return values
 
 
-def _workload(measured: WorkloadResult, arms: tuple[str, ...]) -> dict[str, Any]:
+def _workload(measured: WorkloadResult, arms: tuple[str, ...], num_ranks: int) -> dict[str, Any]:
     first, *others = arms
     checked = measured.checked
     return {
         **measured.workload.describe(),
-        "cap_bytes": measured.cap.num_bytes,
+        "cap_bytes": num_ranks * measured.cap.num_bytes,
         "cap_words": measured.cap.words,
-        "demand_bytes": measured.cap.demand_bytes,
+        "demand_bytes": num_ranks * measured.cap.demand_bytes,
         "max_model_len": measured.max_model_len,
         "num_runs": len(measured.runs[first]),
         "unserved": _unserved(measured, arms),

@@ -161,6 +161,8 @@ def _conclusion(summary: dict[str, Any]) -> Group:
     lines += [Text(f"  {difference}") for difference in equality["differences"]]
     if summary["stopped"]:
         lines.append(Text(summary["stopped"], style="bold red"))
+    if summary["ranks"]:
+        lines.append(Text(summary["ranks"]))
     for other, score in summary["score"].items():
         lines.append(
             Text.assemble(

@@ -38,9 +38,18 @@ function bytesByKind(map, totals) {
   };
 }
 
+/** The frame with the map and the figures of one rank; of all for null, or a rank that is not there. */
+function ofRank(frame, rank) {
+  const chosen = frame.ranks.find((one) => one.rank === rank);
+  return chosen ? { ...frame, map: chosen.map, totals: { ...frame.totals, ...chosen.totals } } : frame;
+}
+
 export class Memory {
   constructor() {
-    this.frame = null;
+    this.whole = null; // the newest frame, of all ranks
+    this.frame = null; // what is shown of it
+    this.rank = null; // the rank that is shown; null: all
+    this.numRanks = 0;
     this.painter = null;
     this.isPending = false;
     this.view = new PageMapView({
@@ -64,12 +73,58 @@ export class Memory {
   }
 
   show(frame) {
-    this.frame = frame;
+    this.whole = frame;
     this.tokens.push(frame.time, frame.totals.tokens_per_s);
     this.pages.push(frame.time, frame.totals.pages_mapped_per_s);
-    this.view.show(frame.map, frame.time);
-    this.showText(frame);
+    if (frame.ranks.length !== this.numRanks) this.makeRanks(frame.ranks);
+    this.showRank();
+  }
+
+  /** What is chosen of the newest frame. */
+  showRank() {
+    this.frame = ofRank(this.whole, this.rank);
+    this.view.show(this.frame.map, this.frame.time);
+    this.showText(this.frame);
+    this.showRanks();
     this.schedule();
+  }
+
+  /** A choice of all ranks or one, where there are several, and a row for each. */
+  makeRanks(ranks) {
+    this.numRanks = ranks.length;
+    this.rank = null;
+    const chooser = find("ranks");
+    chooser.hidden = find("rank-figures").hidden = ranks.length === 0;
+    chooser.replaceChildren(element("legend", "Ranks", "hidden"));
+    for (const rank of [null, ...ranks.map((one) => one.rank)]) {
+      const label = element("label");
+      const input = element("input");
+      Object.assign(input, { type: "radio", name: "rank", checked: rank === null });
+      input.addEventListener("change", () => ((this.rank = rank), this.showRank()));
+      label.append(input, element("span", rank === null ? `All ${ranks.length} ranks` : `Rank ${rank}`));
+      chooser.append(label);
+    }
+  }
+
+  showRanks() {
+    const rows = this.whole.ranks.map(({ rank, map, totals, peak_rss_bytes }) => {
+      const row = element("tr");
+      row.append(
+        element("th", `Rank ${rank}`),
+        ...[
+          bytes(totals.in_use_pages * map.page_bytes),
+          bytes(totals.created_pages * map.page_bytes),
+          bytes(totals.ahead_bytes),
+          bytes(totals.parked_bytes),
+          count(totals.critical_pages),
+          `${rate(totals.stall_us / 1000)} ms`,
+          bytes(peak_rss_bytes),
+        ].map((text) => element("td", text)),
+      );
+      row.firstChild.scope = "row";
+      return row;
+    });
+    find("rank-figures").tBodies[0].replaceChildren(...rows);
   }
 
   /** The response whose rows are to stand out. */
@@ -151,7 +206,8 @@ export class Memory {
     find("reserved").textContent = bytes(totals.reserved_bytes);
     find("memory-note").textContent =
       (map.is_asleep ? "Asleep: memory given back · " : "") +
-      (map.backend === "paged" ? `Blocks of ${bytes(map.page_bytes)}` : `Pages of ${bytes(map.page_bytes)}`);
+      (map.backend === "paged" ? `Blocks of ${bytes(map.page_bytes)}` : `Pages of ${bytes(map.page_bytes)}`) +
+      (this.numRanks && this.rank === null ? ` on ${this.numRanks} ranks` : "");
     for (const [kind, { size }] of this.legend) size.textContent = bytes(byKind[kind]);
     find("tokens-per-s").textContent = rate(totals.tokens_per_s);
     find("pages-per-s").textContent = rate(totals.pages_mapped_per_s);

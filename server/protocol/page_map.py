@@ -69,14 +69,49 @@ class PageMapTotals(ApiResponse):
     pages_mapped_per_s: float
 
 
+class RankTotals(ApiResponse):
+    """Counts of one rank."""
+
+    reserved_bytes: int
+    capacity_bytes: int
+    committed_bytes: int
+    live_bytes: int
+    ahead_bytes: int
+    parked_bytes: int
+    cached_bytes: int
+    shared_bytes: int
+    swapped_bytes: int
+    created_pages: int
+    free_pages: int
+    in_use_pages: int
+    retired_pages: int
+    critical_pages: int
+    background_pages: int
+    stall_us: float
+
+
+class RankEntry(ApiResponse):
+    """One rank of a tensor-parallel engine; ``peak_rss_bytes``: most memory its process had."""
+
+    rank: int
+    peak_rss_bytes: int
+    map: PageMapBody
+    totals: RankTotals
+
+
 class PageMapFrame(ApiResponse):
-    """The page map at one moment; ``time`` in seconds of the Unix clock."""
+    """The page map at one moment; ``time`` in seconds of the Unix clock.
+
+    With several ranks ``map`` and ``totals`` are of all: a page is what all ranks have of it, and
+    ``ranks`` has each; else ``ranks`` is empty.
+    """
 
     time: float
     state: str
     model: str
     map: PageMapBody
     totals: PageMapTotals
+    ranks: list[RankEntry]
 
 
 class PageMapState(ApiResponse):

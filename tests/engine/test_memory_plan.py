@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.engine.conftest import CONFIGS
 from vmalloc import SequenceGroupSpec
-from vmalloc.engine import EngineConfig, LLMEngine
+from vmalloc.engine import EngineConfig, LLMEngine, load_engine
 from vmalloc.engine.cache_factory import CacheFactory
 from vmalloc.engine.cache_setup import cache_config
 from vmalloc.engine.device_memory import run_largest_step
@@ -108,6 +108,44 @@ def test_the_outline_shows_the_layers_that_the_probe_sees(
     CONFIGS[name]().save_pretrained(tmp_path)
     plan = plan_memory(tmp_path, EngineConfig(**TIGHT))
     assert plan.layers == probe_model(copy.deepcopy(tiny_model(name)), CacheFactory(CPU)).layers
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])  # a KV head each, and one for two ranks
+def test_a_rank_of_several_does_as_planned(num_ranks: int) -> None:
+    settings = {"tensor_parallel_size": num_ranks, "kv_cache_memory_bytes": 20 << 20}
+    config = EngineConfig(**settings, max_num_seqs=8)
+    plan = plan_memory("demo", config)
+    assert plan.num_ranks == num_ranks
+    with load_engine("demo", None, config, skip_tokenizer_init=True) as engine:
+        parameters = [getattr(one, "to_local", lambda one=one: one)() for one in weights_of(engine)]
+        assert plan.weight_bytes == sum(parameter.nbytes for parameter in parameters)
+        assert plan.layers == engine.backend.config.layers
+        assert plan.token_bytes == engine.backend.config.token_bytes
+        for report in engine.rank_reports():
+            assert report.kv_stats.capacity_bytes == plan.cap_bytes == 20 << 20
+            assert report.kv_stats.page_bytes == plan.page_bytes
+            assert report.kv_stats.reserved_bytes == plan.reserved_bytes
+        assert engine.rank_reports()[-1].rank == num_ranks - 1
+    text = printed(plan)
+    assert "sizes are those of one" in text
+    assert f"{num_ranks * 20}.0 MiB on all ranks" in text
+
+
+def weights_of(engine: LLMEngine) -> list[Any]:
+    return list(engine._model.parameters())
+
+
+def test_ranks_that_do_not_fit_are_refused_without_starting_one() -> None:
+    for num_ranks in (3, 8):
+        with pytest.raises(ConfigError, match=f"tensor_parallel_size is {num_ranks}"):
+            plan_memory("demo", EngineConfig(tensor_parallel_size=num_ranks))
+
+
+def printed(plan: MemoryPlan) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(memory_plan_report(plan))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_the_cap_is_certain_unless_it_depends_on_free_memory() -> None:

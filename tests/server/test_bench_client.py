@@ -423,7 +423,7 @@ def test_ctrl_c_shows_what_there_is(server: RunningServer) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == cli.EXIT_FAILED_REQUEST, err
+    assert process.returncode == cli.EXIT_FAILED, err
     summary = json.loads(out)
     assert summary["completed"] >= 3
     assert summary["unfinished"] > 0

@@ -240,6 +240,8 @@ def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
         *("--no-enable-prefix-caching", "--batch-invariant", "--preemption-mode", "swap"),
         *("--scheduling-policy", "priority", "--commit-policy", "oracle", "--block-size", "12"),
         *("--gpu-memory-utilization", "0.5", "--kv-driver", "host", "--kv-backend", "virtual"),
+        *("--tensor-parallel-size", "2", "--tensor-parallel-port", "7"),
+        *("--tensor-parallel-timeout", "5.5"),
     )
     assert (model, tokenizer) == ("some/model", "other")
     assert server_config == ServerConfig(
@@ -285,6 +287,9 @@ def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
         seed=11,
         batch_invariant=True,
         max_logprobs=8,
+        tensor_parallel_size=2,
+        tensor_parallel_port=7,
+        tensor_parallel_timeout_s=5.5,
     )
 
 
