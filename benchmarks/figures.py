@@ -69,6 +69,12 @@ def draw_simulate(file: Path, folder: Path) -> None:
             PLOTS[name](study["rows"], folder / f"simulate-{name}.svg")
 
 
+def draw_tp(file: Path, folder: Path) -> None:
+    import tp
+
+    tp.draw_figure(_read(file)["rows"], folder / "tp.svg")
+
+
 def draw_gpu(file: Path, folder: Path) -> None:
     from gpu.plots import draw_all
 
@@ -83,6 +89,7 @@ DRAWN: dict[str, Callable[[Path, Path], None]] = {
     "ab.json": draw_ab,
     "peers*.json": draw_peers,
     "simulate*.json": draw_simulate,
+    "tp.json": draw_tp,
     "gpu_results.json": draw_gpu,
 }
 

@@ -36,6 +36,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers.utils import logging
 
 from vmalloc.engine import LLM, SamplingParams
 from vmalloc.measuring.provenance import provenance, spread, write_json
@@ -139,24 +140,18 @@ def _p99_us(seconds: Sequence[float]) -> float:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table that a person reads."""
-    table = Table(title="Median microseconds a step (range of the runs' medians)")
-    for name in ("ranks", "forward", "backend", "step", "plan", "vote", "lag", "rest"):
-        justify: Any = "left" if name in ("forward", "backend") else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("tokens/s", justify="right")
+    table = Table(title="Median microseconds of a step (and the range of the runs' medians)")
+    table.add_column("ranks, backend, forward pass")
+    for name in ("step", *PARTS, "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         parts = row.get("parts_us")
-        medians = {} if parts is None else {name: parts[name]["median"] for name in PARTS}
-        cells = [f"{medians[name]:,.0f}" if medians else "-" for name in PARTS]
+        medians = [f"{parts[name]['median']:,.0f}" if parts else "-" for name in PARTS]
         table.add_row(
-            str(row["ranks"]),
-            row["forward"],
-            row["backend"],
+            f"{row['ranks']} {row['backend']} {row['forward']}",
             _cell(row["step_us"]),
-            *cells,
-            "-" if parts is None else f"{row['message_bytes']['median']:,.0f}",
-            _cell(row["tokens_per_s"]),
+            *medians,
+            f"{row['tokens_per_s']['median']:,.0f}",
         )
     console.print(table)
     for row in rows:
@@ -165,7 +160,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             console.print(
                 f"{row['backend']}, {row['ranks']} ranks: plan and vote are "
                 f"{row['share']:.1%} of a step; 99th percentiles {plan:,.0f} and {vote:,.0f} us; "
-                f"pages were granted {row['num_grants']} times in {row['num_steps']} steps"
+                f"messages of {row['message_bytes']['median']:,.0f} bytes; pages were granted "
+                f"{row['num_grants']} times in {row['num_steps']} steps"
             )
 
 
@@ -216,6 +212,7 @@ def main(
     figure: Annotated[Path | None, typer.Option(help="Draw the parts of a step here.")] = None,
 ) -> None:
     """Time the parts of a step over several ranks; see the head of this file."""
+    logging.disable_progress_bar()
     settings = [Setting(1, fused, backend) for backend in BACKENDS for fused in ("auto", "off")]
     settings += [Setting(ranks, "off", backend) for backend in BACKENDS]
     runs: dict[Setting, list[Steps]] = {setting: [] for setting in settings}
