@@ -96,7 +96,8 @@ bool PagePool::try_grant(std::size_t num_pages) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (num_created_ >= std::min(num_pages, max_pages_)) return true;
-      page.push_back(claim_absent(kNoPage));
+      // Side by side, so that they can be mapped together.
+      page.push_back(claim_absent(pending_.empty() ? kNoPage : pending_.back()));
       ++num_created_;
       pages_[page[0]].live = 1;  // the grant's, so that nobody takes or destroys it meanwhile
       ++num_in_use_;

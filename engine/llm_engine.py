@@ -6,7 +6,6 @@ Thread-safety: none; one thread calls everything.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -115,6 +114,7 @@ class LLMEngine:
         self._leader = leader
         if leader is not None:
             self._backend = leader.attach(parts)  # gives all of it back if that fails
+            leader.end_with(self, model)
         self.fused_refusal = parts.fused_refusal
         self._clock = clock
         self._timer = StepTimer(parts.stream.device, clock)
@@ -415,11 +415,7 @@ class LLMEngine:
         finally:
             self._lease.give_back()
             if self._leader is not None:
-                self._leader.close()
-                # Sharded weights know their process group, which has sockets; and a module whose
-                # forward was replaced is in a cycle with it.
-                self._model = torch.nn.Module()
-                gc.collect()
+                self._leader.close(self._model)
 
     def __enter__(self) -> LLMEngine:
         return self

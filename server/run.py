@@ -69,22 +69,8 @@ def serve(
     """
     setup_logs(server_config.log_format)
     listener = listen(server_config)
-    phases = StartupPhases(on_finished=_log_phase)
-
-    def load(phases: StartupPhases) -> LLMEngine:
-        loaded = load_engine(model, tokenizer, engine_config, phases=phases)
-        with phases.phase("prepare structured outputs"):
-            loaded.prepare_structured_outputs()
-        return loaded
-
-    engine = AsyncLLMEngine(
-        load,
-        max_queued_requests=server_config.max_queued_requests,
-        queue_timeout_s=server_config.queue_timeout_s,
-        release_idle_after_s=server_config.release_idle_after_s,
-        phases=phases,
-    )
-    state = ServerState(engine, server_config, model=model, created=int(time.time()))
+    state = make_state(model, tokenizer, engine_config, server_config)
+    engine = state.engine
     server = DrainingServer(state)
     try:
         server.run([listener])
@@ -102,6 +88,33 @@ def serve(
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def make_state(
+    model: str,
+    tokenizer: str | None,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+) -> ServerState:
+    """What the application of a model stands on; the engine loads when the application starts.
+
+    Raises ``ConfigError`` for a chat template that is none.
+    """
+
+    def load(phases: StartupPhases) -> LLMEngine:
+        loaded = load_engine(model, tokenizer, engine_config, phases=phases)
+        with phases.phase("prepare structured outputs"):
+            loaded.prepare_structured_outputs()
+        return loaded
+
+    engine = AsyncLLMEngine(
+        load,
+        max_queued_requests=server_config.max_queued_requests,
+        queue_timeout_s=server_config.queue_timeout_s,
+        release_idle_after_s=server_config.release_idle_after_s,
+        phases=StartupPhases(on_finished=_log_phase),
+    )
+    return ServerState(engine, server_config, model=model, created=int(time.time()))
 
 
 class DrainingServer(uvicorn.Server):

@@ -172,6 +172,9 @@ def serve(
     enable_log_requests: serving.EnableLogRequests = False,
     disable_log_stats: serving.DisableLogStats = False,
     otlp_traces_endpoint: serving.OtlpTracesEndpoint = None,
+    replicas: serving.Replicas = None,
+    max_replicas: serving.MaxReplicas = None,
+    routing: serving.RoutingOption = serving.Routing.PREFIX,
     kv_backend: options.BackendOption = options.Backend.AUTO,
     kv_driver: options.KVDriver = options.Driver.AUTO,
     kv_cache_memory_bytes: options.KVCacheMemoryBytes = None,
@@ -194,7 +197,11 @@ def serve(
     tensor_parallel_port: options.TensorParallelPort = None,
     tensor_parallel_timeout: options.TensorParallelTimeout = 60.0,
 ) -> None:
-    """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work."""
+    """Serve a model over HTTP, to any OpenAI client. The page at / shows it at work.
+
+    SIGTERM drains: running requests end, new ones get 503. With --replicas 2 two engines share the
+    work behind one address; requests go where the beginning of their prompt is cached.
+    """
     model = _one_model(context, model_argument, model)
     if as_json and not dry_run:
         raise ConfigError("--json is the form of the plan that --dry-run prints; give both")
@@ -235,7 +242,26 @@ def serve(
         log_stats=not disable_log_stats,
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    raise typer.Exit(run_server(model, tokenizer, engine_config, server_config))
+    if replicas is None and max_replicas is None:
+        raise typer.Exit(run_server(model, tokenizer, engine_config, server_config))
+    from .server.ray import check_ray
+
+    check_ray()
+    from .server.ray.local import serve_replicas, with_cores
+    from .server.ray.settings import ReplicaConfig, ReplicaSettings
+
+    settings = ReplicaSettings(
+        model=model,
+        tokenizer=tokenizer,
+        engine=engine_config,
+        server=server_config,
+        replicas=ReplicaConfig(
+            num_replicas=1 if replicas is None else replicas,
+            max_replicas=max_replicas,
+            routing=routing.value,
+        ),
+    )
+    raise typer.Exit(serve_replicas(with_cores(settings)))
 
 
 @app.command()

@@ -20,6 +20,7 @@ _ACCESS = "Access"
 _LIMITS = "Limits and timeouts"
 _LOGS = "Logs and traces"
 _SCHEDULING = "Scheduling"
+_REPLICAS = "Replicas"
 
 
 class LogFormat(str, Enum):
@@ -27,6 +28,13 @@ class LogFormat(str, Enum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class Routing(str, Enum):
+    """Which replica gets a request, as the option lists them."""
+
+    PREFIX = "prefix"
+    RANDOM = "random"
 
 
 ModelArgument = Annotated[
@@ -199,6 +207,34 @@ ReleaseIdleAfter = Annotated[
     typer.Option(
         help="Seconds without work after which free KV pages go back to the system; 0: never.",
         rich_help_panel=_LIMITS,
+    ),
+]
+
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve with so many engines, each a process of its own, behind one address. Starts "
+        "Ray Serve on this machine and shares out its cores; the other options are each "
+        "replica's. Needs the extra 'ray'. Default: one engine, without Ray.",
+        show_default=False,
+        rich_help_panel=_REPLICAS,
+    ),
+]
+MaxReplicas = Annotated[
+    int | None,
+    typer.Option(
+        help="Start up to so many while requests or pages ask for it, and end them again; "
+        "--replicas is then the least.",
+        show_default=False,
+        rich_help_panel=_REPLICAS,
+    ),
+]
+RoutingOption = Annotated[
+    Routing,
+    typer.Option(
+        help="Who gets a request: prefix takes the replica that has the prompt's beginning "
+        "cached, unless it is busier than the others; random takes any.",
+        rich_help_panel=_REPLICAS,
     ),
 ]
 

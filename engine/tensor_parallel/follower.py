@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
+from transformers.utils import logging as logging_of_transformers
 
 from ...errors import ConfigError, VmallocError
 from ...plans import PlanExecutor, take_ledger
@@ -35,7 +37,7 @@ from .messages import (
 from .rank_cache import RankCache
 from .rank_channel import RankChannel
 from .rank_report import RankReport
-from .sharded_model import load_sharded_model
+from .sharded_model import LOAD_TIMEOUT_S, load_sharded_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,14 @@ def follow(channel: RankChannel) -> None:
         raise ConfigError(f"the first message is a {type(start).__name__}; it must be Start")
     agree(channel, version_facts())
     config = replace(start.config, device=str(channel.device))
+    logging_of_transformers.disable_progress_bar()  # rank 0 shows one, and that is enough
     model = load_sharded_model(
-        start.model, config.dtype, channel.device, channel.rank, channel.size
+        start.model,
+        config.dtype,
+        channel.device,
+        channel.rank,
+        channel.size,
+        partial(channel.meet, LOAD_TIMEOUT_S),
     )
     follower = Follower(channel, model, config)
     try:

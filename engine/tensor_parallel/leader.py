@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch.distributed import DistError
 
 from ...errors import InvariantError, VmallocError
@@ -26,6 +28,7 @@ from .messages import encode as encode_message
 from .rank_cache import RankCache
 from .rank_group import RankGroup
 from .rank_report import RankReport
+from .rank_share import forget_groups
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,10 @@ class RankLeader:
             raise
         parts.runner.leader = self
         return planner
+
+    def end_with(self, owner: object, model: torch.nn.Module) -> None:
+        """End the other ranks when ``owner`` is collected, if nobody closed it before."""
+        weakref.finalize(owner, _end, self._group, model).atexit = False  # the group sees to that
 
     def check(self) -> None:
         """Raise what ended the ranks, or would: one of them is gone."""
@@ -254,14 +261,16 @@ class RankLeader:
                     f"the KV cache of rank {rank} differs from that of rank 0: {differences[0]}"
                 )
 
-    def close(self) -> None:
-        """End the other ranks. Idempotent."""
+    def close(self, model: torch.nn.Module | None = None) -> None:
+        """End the other ranks; ``model``, which they share, is of no use then. Idempotent."""
         if self.failure is None:
             try:
                 self._group.channel.send(encode_message(Stop()))
             except VmallocError as error:  # it is gone, or was closed already
                 logger.debug("a rank could not be told to stop: %s", error)
         self._group.close()
+        if model is not None:
+            forget_groups(model)
 
     @property
     def _attached(self) -> PlanningKVCache:
@@ -303,6 +312,11 @@ class RankLeader:
         self.failure = failure
         self._group.close(0.0)
         raise failure from cause
+
+
+def _end(group: RankGroup, model: torch.nn.Module) -> None:
+    group.close(0.0)
+    forget_groups(model)
 
 
 def _is_between_ranks(error: BaseException | None) -> bool:

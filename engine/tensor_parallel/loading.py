@@ -6,6 +6,7 @@ Owns: nothing.  Thread-safety: none; the thread that loads is the one that steps
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ...errors import ConfigError
@@ -19,7 +20,7 @@ from .facts import version_facts
 from .leader import RankLeader
 from .messages import Start, encode
 from .rank_group import DEFAULT_ENTRY, RankGroup
-from .sharded_model import check_shardable, load_sharded_model
+from .sharded_model import LOAD_TIMEOUT_S, check_shardable, load_sharded_model
 
 
 def load_parallel_engine(
@@ -59,7 +60,8 @@ def load_parallel_engine(
             group.channel.send(encode(Start(name, config)))
             agree(group.channel, version_facts())
             with phases.phase("load weights"):
-                model = load_sharded_model(name, config.dtype, group.channel.device, 0, size)
+                meet = partial(group.channel.meet, LOAD_TIMEOUT_S)
+                model = load_sharded_model(name, config.dtype, group.channel.device, 0, size, meet)
             config = replace(config, device=str(group.channel.device))
             return LLMEngine(model, tokenizer, config, phases=phases, leader=leader)
     except BaseException:

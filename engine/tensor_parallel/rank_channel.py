@@ -121,6 +121,17 @@ class RankChannel:
             )
         return result
 
+    def meet(self, timeout_s: float) -> None:
+        """All ranks: go on together, after work that may take one of them longer than others.
+
+        Raises ``RankLostError`` if a rank is not there within ``timeout_s``.
+        """
+        usual, self.timeout_s = self.timeout_s, timeout_s
+        try:
+            self.least(())
+        finally:
+            self.timeout_s = usual
+
     def gather(self, payload: bytes) -> list[bytes]:
         """All ranks: rank 0 gets every rank's payload in rank order, the others an empty list."""
         _check_message(payload)

@@ -6,10 +6,12 @@ Owns: nothing but a mark on the model.  Thread-safety: stateless.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _MARK = "_vmalloc_rank_share"
+_MESH = "_vmalloc_rank_mesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,26 @@ class RankShare:
         return num_all if self.has_whole_heads else max(num_all // self.size, 1)
 
 
-def mark_share(model: torch.nn.Module, share: RankShare) -> None:
-    """Note on a model which share of it this process has."""
+def mark_share(model: torch.nn.Module, share: RankShare, mesh: Any = None) -> None:
+    """Note on a model which share of it this process has, and over which mesh."""
     setattr(model, _MARK, share)
+    setattr(model, _MESH, mesh)
 
 
 def share_of(model: torch.nn.Module) -> RankShare | None:
     """What ``mark_share`` noted; None for a whole model."""
     share: RankShare | None = getattr(model, _MARK, None)
     return share
+
+
+def forget_groups(model: torch.nn.Module) -> None:
+    """Let the weights of a model that nobody computes with any more hold no process group.
+
+    torch caches how sharded tensors combine for good, and with it their mesh; newer versions of a
+    mesh know its process groups, and these the sockets to the other ranks.
+    """
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
+    for mesh in (*meshes, getattr(model, _MESH, None)):
+        groups = getattr(mesh, "_pg_registry", None)
+        if groups:
+            groups.clear()

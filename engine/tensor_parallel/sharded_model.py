@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,14 +34,23 @@ TRIAL_TOKENS = 8
 
 __all__ = ["check_shardable", "load_sharded_model"]
 
+LOAD_TIMEOUT_S = 7_200.0
+"""Longest wait for another rank's weights: a disk may serve one rank after the other."""
+
 
 def load_sharded_model(
-    name: str, dtype: str, device: torch.device, rank: int, size: int
+    name: str,
+    dtype: str,
+    device: torch.device,
+    rank: int,
+    size: int,
+    when_loaded: Callable[[], None] = lambda: None,
 ) -> torch.nn.Module:
     """Load what rank ``rank`` of ``size`` holds of a model, straight onto ``device``.
 
     Every rank of torch's default process group must call it, with the same ``name`` and ``dtype``.
-    Each rank reads only its own rows and columns of the checkpoint. Where there are fewer KV heads
+    ``when_loaded`` is called before the ranks compare what they have, which one may have long after
+    another. Each rank reads only its own rows and columns of the checkpoint. With fewer KV heads
     than ranks, rank ``r`` holds KV head ``r * num_kv_heads // size``, which others hold too.
 
     Raises as ``load_model`` and ``check_shardable`` do.
@@ -51,7 +61,10 @@ def load_sharded_model(
     plan = _complete_plan(outline, size)
     kv_projections = _replicated_projections(outline, plan, size)
     own_plan = {key: plan[key] for key in plan if key not in kv_projections}
-    model_class = _placed(type(outline), device, size)
+    group = dist.group.WORLD
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("tp",))
+    model_class = _placed(type(outline), device, _Mesh(mesh))
     try:
         model, loading = model_class.from_pretrained(
             name,
@@ -71,7 +84,8 @@ def load_sharded_model(
     share = RankShare(rank, size, has_whole_heads(plan))
     if kv_projections:
         _keep_own_kv_head(model, kv_projections, share)
-    mark_share(model, share)
+    mark_share(model, share, mesh)
+    when_loaded()
     check_ranks_agree(name, model)
     module: torch.nn.Module = model.eval()
     return module
@@ -113,15 +127,12 @@ def _overrides(outline: Any, plan: dict[str, str]) -> dict[str, str]:
     return plan
 
 
-def _placed(model_class: type[Any], device: torch.device, size: int) -> type[Any]:
-    """``model_class`` as a class that loads onto ``device``, sharded over the default group.
+def _placed(model_class: type[Any], device: torch.device, mesh: _Mesh) -> type[Any]:
+    """``model_class`` as a class that loads onto ``device``, sharded over ``mesh``.
 
     Left to itself transformers would choose the device by what the machine has and the
     environment says, and ask for a library that is used only over several devices.
     """
-    group = dist.group.WORLD
-    assert group is not None
-    mesh = _Mesh(DeviceMesh.from_group(group, device.type, mesh_dim_names=("tp",)))
 
     class Placed(model_class):  # type: ignore[misc]
         @classmethod

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmalloc import InvariantError, _core
+from vmalloc import DriverError, InvariantError, _core
 
 
 @pytest.fixture
@@ -190,3 +190,59 @@ def test_dropping_what_was_not_taken_is_an_invariant_error(pool, call):
     (page,) = pool.try_acquire(1)
     with pytest.raises(InvariantError):
         getattr(pool, call)(page)
+
+
+def test_granted_pages_are_there_and_no_more_are_created_on_demand(pool):
+    assert pool.try_grant(10)
+    assert counts(pool) == (10, 0, 10, 0)  # kept from use until every pool has its own
+    pool.end_grant(10, keeps_pages=True)
+    assert counts(pool) == (10, 10, 0, 0)
+    pages = pool.try_acquire(10)
+    assert pool.try_acquire(1) is None
+    assert pool.available() == 54  # what a larger grant would bring
+    for page in pages:
+        pool.release(page)
+    assert pool.try_grant(7)  # there are more already
+    pool.end_grant(12, keeps_pages=True)
+    assert counts(pool) == (10, 10, 0, 0)
+    assert pool.try_acquire(13) is None
+    assert len(pool.try_acquire(12)) == 12
+    check(pool, live=range(12))
+
+
+def test_a_grant_that_others_did_not_get_leaves_nothing(pool):
+    first = pool.try_acquire(3)
+    assert pool.try_grant(8)
+    pool.end_grant(3, keeps_pages=False)
+    assert counts(pool) == (3, 0, 3, 0)
+    assert pool.try_acquire(1) is None
+    check(pool, live=first)
+
+
+def test_a_grant_stops_at_the_cap(pool):
+    assert pool.try_grant(1000)
+    pool.end_grant(1000, keeps_pages=True)
+    assert counts(pool) == (64, 64, 0, 0)
+
+
+def test_a_grant_lies_side_by_side(pool):
+    assert pool.try_grant(6)
+    pool.end_grant(6, keeps_pages=True)
+    pages = pool.try_acquire(6)
+    assert pages == list(range(pages[0], pages[0] + 6))
+
+
+@pytest.mark.parametrize("fault", [_core.Fault.OUT_OF_MEMORY, _core.Fault.ERROR])
+def test_a_grant_that_the_driver_cannot_meet_changes_nothing(fault):
+    driver = _core.FaultDriver(_core.make_null_driver(4096))
+    pool = _core.PagePool(driver, 64)
+    pages = pool.try_acquire(2)
+    driver.fail_call(3, fault)
+    if fault == _core.Fault.ERROR:
+        with pytest.raises(DriverError):
+            pool.try_grant(10)
+    else:
+        assert not pool.try_grant(10)
+    assert counts(pool) == (2, 0, 2, 0)
+    check(pool, live=pages)
+    assert len(pool.try_acquire(4)) == 4  # and what is not granted is created as it was before

@@ -92,7 +92,7 @@ def footprint() -> dict[str, Any]:
 def assert_nothing_is_left(before: dict[str, Any], pids: dict[int, int]) -> None:
     """Sockets close on gloo's own threads, so soon rather than at once."""
     deadline = time.monotonic() + LIMIT_S
-    while left := {name: now for name, now in footprint().items() if now != before[name]}:
+    while left := {name: now for name, now in footprint().items() if now != before.get(name, now)}:
         assert time.monotonic() < deadline, (left, {name: before[name] for name in left})
         time.sleep(0.01)
     assert not any(process_state(pid) for pid in pids.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import pytest
@@ -50,11 +50,11 @@ class Load:
         self.next_id = 0
         self.counts: dict[str, int] = {}
 
-    def step(self) -> None:
+    def step(self, calls: Sequence[str] = CALLS, num_calls: int | None = None) -> None:
         """A few calls, and a step that computes what they made room for."""
         cache = self.pair.leader
-        for _ in range(self.random.randrange(1, 5)):
-            name = self.random.choice(CALLS)
+        for _ in range(num_calls or self.random.randrange(1, 5)):
+            name = self.random.choice(calls)
             if getattr(self, name)():
                 self.counts[name] = self.counts.get(name, 0) + 1
         cache.end_step(cache.begin_step())
@@ -174,6 +174,28 @@ def test_random_calls_are_repeated_page_for_page(pair: Pair, seed: int) -> None:
     stats, prefixes = pair.leader.stats(), pair.leader.prefix_stats()
     assert min(stats.aliased_pages, stats.cow_copies, stats.swap_in_pages) > 0
     assert min(prefixes.evicted_pages, prefixes.hit_tokens) > 0
+
+
+@pytest.mark.parametrize("other_limit", [None, 700])
+def test_many_sequences_over_the_null_driver(other_limit: int | None) -> None:
+    """Hundreds of them, in caches that only count; with a rank that runs out, and without."""
+    config = make_config(
+        driver="null",
+        max_num_seqs=300,
+        capacity_bytes=2000 * 4096,
+        commit_ahead_tokens=2,
+        swap_bytes=500 * 4096,
+    )
+    pair = Pair(config, "virtual", other_limit)
+    load = Load(pair, 11)
+    for _ in range(250):
+        load.step(("admit", "admit", "admit", *CALLS), num_calls=12)
+        pair.tell()
+    pair.check()
+    assert pair.leader.stats().peak_live_seqs > (50 if other_limit else 100)
+    assert pair.leader.prefix_stats().hit_tokens > 0
+    assert (pair.num_refused > 0) == (other_limit is not None)
+    pair.close()
 
 
 @pytest.mark.parametrize("seed", range(3))
