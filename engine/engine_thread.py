@@ -249,8 +249,12 @@ class EngineThread:
             except queue.Empty:
                 self._release_if_due(engine)
                 continue
-            self._release_later()
+            if not self._is_release_pending(engine):  # else whoever looks would put it off
+                self._release_later()
             return command
+
+    def _is_release_pending(self, engine: LLMEngine) -> bool:
+        return self._release_time is not None and not engine.is_asleep
 
     def _patience_s(self, engine: LLMEngine) -> float | None:
         """How long to wait for a command before something else is due; None: for ever."""
