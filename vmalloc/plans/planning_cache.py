@@ -50,8 +50,12 @@ if TYPE_CHECKING:
     from ..config import KVCacheConfig
     from ..page_map import PageMap
 
-GRANT_SHARE = 16
-"""Pages are granted in steps of this part of the cap, at least: each is a round of messages."""
+GRANT_SHARE = 4
+"""Grants grow by this part of what is granted, at least: each is a round of messages."""
+
+MIN_GRANT_PAGES = 16
+MAX_GRANT_SHARE = 16
+"""And by this part of the cap at most, unless more is needed at once."""
 
 
 class PageGrants(Protocol):
@@ -362,7 +366,8 @@ class PlanningKVCache:
         max_pages = self._supply.max_pages
         if self._granted_pages >= max_pages:
             return False
-        for step in (max(num_pages, max_pages // GRANT_SHARE), num_pages):
+        ahead = max(MIN_GRANT_PAGES, self._granted_pages // GRANT_SHARE)
+        for step in (max(num_pages, min(ahead, max_pages // MAX_GRANT_SHARE)), num_pages):
             wanted = min(self._granted_pages + step, max_pages)
             if self._grants.try_grant(wanted):
                 self._granted_pages = wanted
