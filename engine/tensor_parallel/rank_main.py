@@ -25,7 +25,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from ...errors import ConfigError
-from ..errors import RankLostError, RankMismatchError
+from ..errors import RankLostError, UnsupportedModelError
 from .rank_channel import RankChannel
 from .rank_join import announce, join_ranks, leave_ranks, report, visit_store
 
@@ -79,8 +79,9 @@ def find_entry(entry: str) -> Callable[[RankChannel], object]:
 
 
 def _tell(store: Store, rank: int, error: BaseException, parent: int) -> None:
-    """Tell rank 0 what ended this one; what rank 0 does not know by itself also the terminal."""
-    if os.getppid() == parent and not isinstance(error, (RankLostError, RankMismatchError)):
+    """Tell rank 0 what ended this one; and the terminal what rank 0 does not find out by itself."""
+    known = (ConfigError, RankLostError, UnsupportedModelError)
+    if os.getppid() == parent and not isinstance(error, known):
         traceback.print_exception(error, file=sys.stderr)
     with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the store with it
         report(store, rank, error)
