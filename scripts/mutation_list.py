@@ -457,7 +457,40 @@ ELASTIC = [
     ),
 ]
 
+RANKS = [
+    _mutation(
+        "ranks: evictions are not repeated",
+        "tests/kv/test_plans.py::test_random_calls_are_repeated_page_for_page[virtual-0]",
+        "vmalloc/page_supply.py",
+        "while (what := script.next()) >= 0:\n            self._index.evict(what)",
+        "while (what := script.next()) >= 0:\n            pass",
+    ),
+    _mutation(
+        "ranks: reordered beams keep the tokens that they had",
+        "tests/kv/test_plans.py::test_random_calls_are_repeated_page_for_page[paged-0]",
+        "vmalloc/plans/plan_executor.py",
+        "self._token_ids[seq_id] = list(before[idx])",
+        "pass",
+    ),
+    _mutation(
+        "ranks: pages are created on demand beside the granted ones",
+        "tests/core/test_page_pool.py::"
+        "test_granted_pages_are_there_and_no_more_are_created_on_demand",
+        "csrc/page_pool.cpp",
+        "const std::size_t limit = std::min(max_pages_, granted_);",
+        "const std::size_t limit = max_pages_;",
+    ),
+    _mutation(
+        "ranks: what was created for a refused grant stays",
+        "tests/core/test_page_pool.py::test_a_grant_that_others_did_not_get_leaves_nothing",
+        "csrc/page_pool.cpp",
+        "if (!keeps_pages && free_.contains(page))",
+        "if (false && free_.contains(page))",
+    ),
+]
+
 MUTATIONS = [
     *(*COPY_ON_WRITE, *FENCE, *PENDING, *REFCOUNT, *SWAPPING, *PREFIX_INDEX, *DECODING),
     *ELASTIC,
+    *RANKS,
 ]
