@@ -58,7 +58,6 @@ class EngineParts:
         kernels: the attention kernels over it.
         runner: the forward passes.
         fused_refusal: None where native code computes them; else why the model does so itself.
-        dtype: of the model's weights.
     """
 
     config: EngineConfig
@@ -68,7 +67,6 @@ class EngineParts:
     kernels: AttentionKernels
     runner: ModelRunner
     fused_refusal: str | None
-    dtype: torch.dtype
 
 
 def assemble(
@@ -124,8 +122,7 @@ def assemble(
                 decodes=decodes,
             )
             refusal = decoder if isinstance(decoder, str) else None
-            dtype = next(model.parameters()).dtype
-            return EngineParts(config, stream, lease, backend, kernels, runner, refusal, dtype)
+            return EngineParts(config, stream, lease, backend, kernels, runner, refusal)
     except BaseException:
         lease.give_back()
         raise

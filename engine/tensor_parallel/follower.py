@@ -19,7 +19,7 @@ from ..assembly import assemble
 from ..config import EngineConfig
 from ..startup import StartupPhases
 from .agreement import agree
-from .facts import settings_facts, version_facts
+from .facts import meet_loaded, settings_facts, version_facts
 from .messages import (
     Audit,
     Grant,
@@ -37,7 +37,7 @@ from .messages import (
 from .rank_cache import RankCache
 from .rank_channel import RankChannel
 from .rank_report import RankReport
-from .sharded_model import LOAD_TIMEOUT_S, load_sharded_model
+from .sharded_model import load_sharded_model
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def follow(channel: RankChannel) -> None:
         channel.device,
         channel.rank,
         channel.size,
-        partial(channel.meet, LOAD_TIMEOUT_S),
+        partial(meet_loaded, channel),
     )
     follower = Follower(channel, model, config)
     try:

@@ -16,11 +16,11 @@ from ..llm_engine import LLMEngine
 from ..model_loader import read_config
 from ..startup import StartupPhases
 from .agreement import agree
-from .facts import version_facts
+from .facts import meet_loaded, version_facts
 from .leader import RankLeader
 from .messages import Start, encode
 from .rank_group import DEFAULT_ENTRY, RankGroup
-from .sharded_model import LOAD_TIMEOUT_S, check_shardable, load_sharded_model
+from .sharded_model import check_shardable, load_sharded_model
 
 
 def load_parallel_engine(
@@ -60,7 +60,7 @@ def load_parallel_engine(
             group.channel.send(encode(Start(name, config)))
             agree(group.channel, version_facts())
             with phases.phase("load weights"):
-                meet = partial(group.channel.meet, LOAD_TIMEOUT_S)
+                meet = partial(meet_loaded, group.channel)
                 model = load_sharded_model(name, config.dtype, group.channel.device, 0, size, meet)
             config = replace(config, device=str(group.channel.device))
             return LLMEngine(model, tokenizer, config, phases=phases, leader=leader)

@@ -34,9 +34,6 @@ TRIAL_TOKENS = 8
 
 __all__ = ["check_shardable", "load_sharded_model"]
 
-LOAD_TIMEOUT_S = 7_200.0
-"""Longest wait for another rank's weights: a disk may serve one rank after the other."""
-
 
 def load_sharded_model(
     name: str,
@@ -44,14 +41,15 @@ def load_sharded_model(
     device: torch.device,
     rank: int,
     size: int,
-    when_loaded: Callable[[], None] = lambda: None,
+    when_loaded: Callable[[torch.nn.Module], None] = lambda model: None,
 ) -> torch.nn.Module:
     """Load what rank ``rank`` of ``size`` holds of a model, straight onto ``device``.
 
     Every rank of torch's default process group must call it, with the same ``name`` and ``dtype``.
-    ``when_loaded`` is called before the ranks compare what they have, which one may have long after
-    another. Each rank reads only its own rows and columns of the checkpoint. With fewer KV heads
-    than ranks, rank ``r`` holds KV head ``r * num_kv_heads // size``, which others hold too.
+    ``when_loaded`` is called before the ranks compute together, for which one may be ready long
+    after another. Each rank reads only its own rows and columns of the checkpoint. Where there are
+    fewer KV heads than ranks, rank ``r`` holds KV head ``r * num_kv_heads // size``, which others
+    hold too.
 
     Raises as ``load_model`` and ``check_shardable`` do.
     """
@@ -85,7 +83,7 @@ def load_sharded_model(
     if kv_projections:
         _keep_own_kv_head(model, kv_projections, share)
     mark_share(model, share, mesh)
-    when_loaded()
+    when_loaded(model)
     check_ranks_agree(name, model)
     module: torch.nn.Module = model.eval()
     return module

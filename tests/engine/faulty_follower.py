@@ -14,7 +14,9 @@ import torch
 from vmalloc.engine.model_runner import ModelRunner
 from vmalloc.engine.packed_batch import PackedBatch
 from vmalloc.engine.tensor_parallel import follower
+from vmalloc.engine.tensor_parallel.facts import version_facts
 from vmalloc.engine.tensor_parallel.rank_channel import RankChannel
+from vmalloc.engine.tensor_parallel.sharded_model import load_sharded_model
 from vmalloc.errors import DriverError
 from vmalloc.plans import PlanExecutor
 
@@ -24,7 +26,7 @@ FAULT_FILE = "VMALLOC_TEST_FAULT_FILE"
 little_memory N: the system refuses it pages beyond N bytes of the memory file.
 cannot_map N: every N-th plan ends half-way in a driver's error.
 dies, is_late: in the middle of computing the next step.
-other_version: from the start.
+other_version, other_dtype: from the start.
 """
 
 LATE_S = 600.0
@@ -45,7 +47,8 @@ class _Fault:
 
     def install(self) -> None:
         carry_out, compute = PlanExecutor.carry_out, ModelRunner.compute
-        forward, facts = torch.nn.Linear.forward, follower.version_facts  # type: ignore[attr-defined]
+        forward, facts = torch.nn.Linear.forward, version_facts
+        load = load_sharded_model
 
         def carry_out_or_not(executor: PlanExecutor, operations: Any) -> None:
             operations = list(operations)
@@ -68,10 +71,14 @@ class _Fault:
             name, _ = self._now()
             return {**facts(), "vmalloc": "0.0.0"} if name == "other_version" else facts()
 
+        def load_other(name: str, dtype: str, *more: Any) -> torch.nn.Module:
+            return load(name, "bfloat16" if self._now()[0] == "other_dtype" else dtype, *more)
+
         PlanExecutor.carry_out = carry_out_or_not  # type: ignore[method-assign]
         ModelRunner.compute = compute_counting  # type: ignore[method-assign]
         torch.nn.Linear.forward = forward_or_not  # type: ignore[method-assign]
         follower.version_facts = other_facts  # type: ignore[attr-defined]
+        follower.load_sharded_model = load_other  # type: ignore[attr-defined]
 
     def _now(self) -> tuple[str, int]:
         name, _, number = self._path.read_text().partition(" ")

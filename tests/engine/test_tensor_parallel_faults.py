@@ -164,12 +164,19 @@ def test_a_rank_is_late(faulty: Faulty) -> None:
         assert "1.5 s" in error.reason
 
 
-def test_a_rank_of_another_version(faulty: Faulty) -> None:
-    faulty.now("other_version")
+@pytest.mark.parametrize(
+    ("fault", "fact", "values"),
+    [
+        ("other_version", "vmalloc", "on rank 0 and '0.0.0' on rank 1"),
+        ("other_dtype", "dtype", "'torch.float32' on rank 0 and 'torch.bfloat16' on rank 1"),
+    ],
+)
+def test_a_rank_that_differs(fault: str, fact: str, values: str, faulty: Faulty) -> None:
+    faulty.now(fault)
     with pytest.raises(RankMismatchError) as caught, faulty.start():
         pass
-    assert caught.value.fact == "vmalloc"
-    assert "on rank 0 and '0.0.0' on rank 1" in str(caught.value)
+    assert caught.value.fact == fact
+    assert values in str(caught.value)
 
 
 def test_an_engine_that_nobody_closes_ends_its_ranks(folder: Path) -> None:
