@@ -11,7 +11,7 @@ import pytest
 from tests.kv.planned import Pair
 from vmalloc import KVCacheConfig, LayerKVSpec, _core
 from vmalloc.backend import SequenceGroupSpec
-from vmalloc.errors import DriverError, InvariantError
+from vmalloc.errors import ConfigError, DriverError, InvariantError
 from vmalloc.plans import decode_plan, encode_plan, take_ledger
 from vmalloc.plans.operations import Extend, Free
 
@@ -253,6 +253,26 @@ def test_a_call_that_throws_breaks_the_plan() -> None:
     assert not pair.leader.is_broken
     assert not pair.leader.has_plan
     pair.close()
+
+
+def test_a_call_that_is_refused_breaks_nothing(pair: Pair) -> None:
+    assert pair.leader.try_admit(SequenceGroupSpec((1,), 8)) is not None
+    for refused in (
+        lambda: pair.leader.resize(1),
+        lambda: pair.leader.free([1, 2]),
+        lambda: pair.leader.try_extend([1], [1000]),
+        lambda: pair.leader.try_fork(2, [3]),
+        lambda: pair.leader.try_reorder([1, 2], [0, 0]),
+        lambda: pair.leader.try_swap_in([1]),
+        lambda: pair.leader.register_tokens(1, [1], 5),
+        lambda: pair.leader.truncate(2, 1),
+        lambda: pair.leader.try_admit(SequenceGroupSpec((1,), 8)),
+    ):
+        with pytest.raises(ConfigError):
+            refused()
+    assert not pair.leader.is_broken
+    pair.tell()
+    pair.check()
 
 
 @pytest.mark.parametrize(

@@ -347,12 +347,14 @@ class PlanningKVCache:
 
     @contextmanager
     def _noting(self) -> Iterator[list[int]]:
-        """Note what a call comes to; one that throws may have done half of it."""
+        """Note what a call comes to; one that throws, other than to refuse, may have done half."""
         script = SupplyScript(grow=self._grow)
         if self._supply is not None:
             self._supply.script = script
         try:
             yield script.notes
+        except ConfigError:
+            raise
         except BaseException:
             self.is_broken = True
             raise
