@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import openai
@@ -38,8 +37,8 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasProce
     keys = ("--admin-api-key", "secret", "--allowed-origins", ORIGIN)
     # A short name: there are sockets in it.
     with TemporaryDirectory(prefix="ray-") as folder:
-        with patch.dict(os.environ, {"RAY_TMPDIR": folder}):
-            server = ReplicasProcess("demo", "--replicas", "2", *keys, *FLAGS, log_path=log_path)
+        flags = ("--replicas", "2", *keys, *FLAGS)
+        server = ReplicasProcess("demo", *flags, log_path=log_path, RAY_TMPDIR=folder)
         (own,) = Path(folder).iterdir()
         assert own.stat().st_mode & 0o077 == 0, "nobody else gets at the sockets of Ray"
         yield server
