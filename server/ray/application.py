@@ -43,7 +43,7 @@ def build_application(settings: ReplicaSettings) -> Any:
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
         graceful_shutdown_timeout_s=drain_s + 5.0,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options=_resources(settings),
+        ray_actor_options=resources(settings),
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter,
             request_router_kwargs={
@@ -104,11 +104,14 @@ def _number(config: ReplicaConfig) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _resources(settings: ReplicaSettings) -> dict[str, Any]:
+def resources(settings: ReplicaSettings) -> dict[str, Any]:
+    """What Ray sets aside for one replica, and the environment of its process."""
     num_cpus = settings.replicas.cpus_per_replica
+    # Ranks share the cores of their replica.
+    num_threads = max(1, int(num_cpus / settings.engine.tensor_parallel_size))
     variables = {
         # Read when the libraries are loaded, before any code of ours runs there.
-        "OMP_NUM_THREADS": str(max(1, int(num_cpus))),
+        "OMP_NUM_THREADS": str(num_threads),
         "GOMP_SPINCOUNT": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -146,22 +147,29 @@ def _local_ray(settings: ReplicaSettings, signals: _Signals) -> Iterator[None]:
     most = config.max_replicas or config.num_replicas
     num_cores = os.cpu_count() or 1
     logger.info("starting Ray for %d replicas", config.num_replicas)
-    try:
+    # Ray's own folder stays for ever, and all users may read and write it. The temporary folder of
+    # the environment may be too long a name for its sockets.
+    parent = os.environ.get("RAY_TMPDIR", "/tmp")
+    with TemporaryDirectory(
+        prefix="vmalloc-ray-", dir=parent, ignore_cleanup_errors=True
+    ) as folder:
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(num_cores, math.ceil(config.cpus_per_replica * most)),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                _node_ip_address="127.0.0.1",
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise VmallocError(f"Ray did not start: {error}") from error
-        signals.catch()
-        yield
-    finally:
-        ray.shutdown()
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(num_cores, math.ceil(config.cpus_per_replica * most)),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=logging.WARNING,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=os.path.join(folder, "ray"),  # which it opens to all
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise VmallocError(f"Ray did not start: {error}") from error
+            signals.catch()
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start(settings: ReplicaSettings, port: int) -> None:

@@ -34,12 +34,12 @@ def prefix_keys(path: str, body: bytes) -> tuple[bytes, ...]:
         return ()
     try:
         document = json.loads(body)
+        if not isinstance(document, dict):
+            return ()
+        text = _leading_text(document)
+        salt = json.dumps([path, document.get("model"), document.get("cache_salt")])
     except (ValueError, RecursionError):
         return ()  # the replica says what is wrong with it
-    if not isinstance(document, dict):
-        return ()
-    text = _leading_text(document)
-    salt = json.dumps([path, document.get("model"), document.get("cache_salt")])
     key = blake2b(salt.encode(), digest_size=KEY_BYTES).digest()
     keys: list[bytes] = []
     for start in range(0, min(len(text), MAX_BLOCKS * BLOCK_BYTES) - BLOCK_BYTES + 1, BLOCK_BYTES):

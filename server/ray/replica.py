@@ -91,7 +91,11 @@ class Replica:
         """For Serve, which brings it to the routers."""
         figures = self._figures()
         usage = round(figures["page_usage"] / USAGE_STEP) * USAGE_STEP
-        return {"page_usage": usage, "num_waiting": int(figures["num_waiting"])}
+        return {
+            "num_requests": int(figures["num_requests"]),
+            "num_waiting": int(figures["num_waiting"]),
+            "page_usage": usage,
+        }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve, which brings it to ``PagePolicy``."""

@@ -52,8 +52,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # of a library without
 
     def _load(self, replica: RunningReplica) -> Load:
         stats = replica.routing_stats or {}
+        num_requests = self.replica_queue_len_cache.get(replica.replica_id)
+        if num_requests is None:
+            # Serve forgets its count after ten seconds without news, however long answers take.
+            num_requests = stats.get("num_requests", 0)
         return Load(
-            num_requests=self.replica_queue_len_cache.get(replica.replica_id) or 0,
+            num_requests=num_requests,
             page_usage=stats.get("page_usage", 0.0),
             num_waiting=stats.get("num_waiting", 0),
             num_prefixes=self._owners.num_keys(replica.replica_id.unique_id),

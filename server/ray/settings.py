@@ -44,7 +44,8 @@ class ReplicaConfig:
         target_page_usage: share of its KV pages that running requests of one replica are meant to
             hold; above, another one is started.
         upscale_delay_s, downscale_delay_s: how long load must ask for more, or for fewer.
-        cpus_per_replica: cores that Ray sets aside for a replica, and threads it computes with.
+        cpus_per_replica: cores that Ray sets aside for a replica, and threads it computes with, all
+            its ranks together.
         gpus_per_replica: GPUs of a replica. None: one for each rank, where the engine runs on GPUs.
         num_ingresses: processes that take requests and route them; each knows only of what went
             through itself.

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import yaml
@@ -26,9 +26,9 @@ _READY = re.compile(r"replica pid=(\d+)\)\S* .*replica (\w+) is ready")
 class ReplicasProcess(ServerProcess):
     """``vmalloc serve --replicas``, and who its replicas are."""
 
-    def __init__(self, *flags: str, log_path: Path) -> None:
-        with patch.dict(os.environ, ray_variables()):
-            super().__init__(*flags, log_path=log_path, waits=False, is_forked=False)
+    def __init__(self, *flags: str, log_path: Path, **variables: str) -> None:
+        prepare = partial(_set_variables, {**ray_variables(), **variables})
+        super().__init__(*flags, log_path=log_path, waits=False, prepare=prepare)
         try:
             self._wait_until(lambda: "INFO    ready" in self.log, "all replicas are ready")
         except BaseException:
@@ -44,6 +44,10 @@ class ReplicasProcess(ServerProcess):
         """Names of those that answer."""
         answer = self.http.get("/health").json()
         return [one["replica"] for one in answer["replicas"]]
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 def ray_variables() -> dict[str, str]:

@@ -229,6 +229,25 @@ def test_page_maps_stand_side_by_side(make_frame: Callable[..., dict[str, Any]])
     assert merged["model"] == "demo"
 
 
+def test_a_rank_is_that_rank_of_all_replicas(make_frame: Callable[..., dict[str, Any]]) -> None:
+    frames = []
+    for committed in (10, 5):
+        whole = make_frame(slot_idx=1, committed=2 * committed)
+        parts = [make_frame(slot_idx=1, committed=committed) for _ in range(2)]
+        whole["ranks"] = [
+            {"rank": rank, "peak_rss_bytes": committed, **part} for rank, part in enumerate(parts)
+        ]
+        frames.append(whole)
+    merged = merge_frames(frames)
+    assert [one["rank"] for one in merged["ranks"]] == [0, 1]
+    assert merged["totals"]["committed_bytes"] == 30
+    for one in merged["ranks"]:
+        assert one["totals"]["committed_bytes"] == 15
+        assert [slot["slot_idx"] for slot in one["map"]["slots"]] == [1, 9]
+        assert one["map"]["num_slots"] == merged["map"]["num_slots"]
+        assert one["peak_rss_bytes"] == 10
+
+
 @pytest.fixture
 def make_frame() -> Callable[..., dict[str, Any]]:
     def make(slot_idx: int, committed: int) -> dict[str, Any]:
@@ -237,6 +256,6 @@ def make_frame() -> Callable[..., dict[str, Any]]:
         slots = [{"slot_idx": slot_idx, "runs": []}]
         totals = {"committed_bytes": committed, "tokens_per_s": 1.5}
         page_map["slots"] = slots
-        return {"time": 1.0, "model": "demo", "map": page_map, "totals": totals}
+        return {"time": 1.0, "model": "demo", "map": page_map, "totals": totals, "ranks": []}
 
     return make

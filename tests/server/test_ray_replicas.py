@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -34,8 +35,18 @@ FLAGS = ("--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-seqs", "4", "--swa
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasProcess]:
     log_path = tmp_path_factory.mktemp("replicas") / "server.log"
     keys = ("--admin-api-key", "secret", "--allowed-origins", ORIGIN)
-    server = ReplicasProcess("demo", "--replicas", "2", *keys, *FLAGS, log_path=log_path)
-    yield server
+    # A short name: there are sockets in it.
+    with TemporaryDirectory(prefix="ray-") as folder:
+        flags = ("--replicas", "2", *keys, *FLAGS)
+        server = ReplicasProcess("demo", *flags, log_path=log_path, RAY_TMPDIR=folder)
+        (own,) = Path(folder).iterdir()
+        assert own.stat().st_mode & 0o077 == 0, "nobody else gets at the sockets of Ray"
+        yield server
+        _end(server)
+        assert list(Path(folder).iterdir()) == []
+
+
+def _end(server: ReplicasProcess) -> None:
     server.http.close()
     below = descendants(server.process.pid)
     if server.process.poll() is None:
@@ -90,6 +101,8 @@ def test_the_whole_answers_as_one_server(replicas: ReplicasProcess) -> None:
     assert torn.json()["error"]["code"] == "invalid_json"
     assert replicas.post("/abort", request_id="nobody").status_code == 404
     assert http.get("/").headers["content-type"].startswith("text/html")
+    assert http.head("/health").status_code == 200
+    assert http.head("/metrics").status_code == 405
 
 
 def test_pages_of_allowed_origins_may_call(replicas: ReplicasProcess) -> None:
@@ -215,6 +228,9 @@ def test_sigterm_lets_requests_end(replicas: ReplicasProcess) -> None:
         lambda: replicas.post("/v1/completions", prompt="x", max_tokens=1).status_code == 503,
         "it drains",
     )
+    assert replicas.http.get("/ready").status_code == 503
+    health = replicas.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (200, "draining")
     assert replicas.process.wait(DEADLINE_SECONDS) == 0
     stream.join()
     assert stream.is_done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Sequence
@@ -70,6 +71,12 @@ class TestKeys:
     )
     def test_what_has_no_text_has_no_keys(self, body: bytes) -> None:
         assert prefix_keys(COMPLETIONS, body) == ()
+
+    def test_depth_at_the_limit_of_the_parser_is_no_error(self) -> None:
+        """A body that can just be read has parts that cannot be written again."""
+        for depth in range(800, 1100):
+            body = b'{"messages": ' + b"[" * depth + b"]" * depth + b"}"
+            assert isinstance(prefix_keys(CHAT, body), tuple)
 
     def test_other_paths_have_none(self) -> None:
         assert keys_of("/tokenize", prompt="a" * 1000) == ()
@@ -144,6 +151,38 @@ class TestPlacement:
         loads = {"one": Load(num_requests=100), "two": Load()}
         chosen = [placement.choose(loads, {"one": 5}) for _ in range(200)]
         assert 60 < chosen.count("one") < 140
+
+
+class TestRouter:
+    def test_long_answers_count_when_serve_has_forgotten_them(self) -> None:
+        """Serve's count of what a replica was sent is dropped after ten seconds without news."""
+        pytest.importorskip("ray.serve")  # which warns
+        from ray.serve._private.common import (
+            DeploymentHandleSource,
+            DeploymentID,
+            ReplicaID,
+        )
+
+        from vmalloc.server.ray.router import PrefixRouter
+
+        deployment, now = DeploymentID("replica"), [0.0]
+        router = PrefixRouter(
+            deployment,
+            DeploymentHandleSource.REPLICA,
+            use_replica_queue_len_cache=True,
+            get_curr_time_s=lambda: now[0],
+        )
+        router.initialize_state(routing="prefix", max_imbalance=8)
+        busy, idle = ReplicaID("busy", deployment), ReplicaID("idle", deployment)
+        candidates: list[Any] = [
+            SimpleNamespace(replica_id=busy, routing_stats={"num_requests": 3}),
+            SimpleNamespace(replica_id=idle, routing_stats={"num_requests": 0}),
+        ]
+        for _ in range(3):
+            router.on_send_request(busy)
+        for now[0] in [1.0] + 8 * [60.0]:  # equals are drawn
+            (first, _) = asyncio.run(router.choose_replicas(candidates))
+            assert [one.replica_id for one in first] == [idle]
 
 
 class TestScaling:

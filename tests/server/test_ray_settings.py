@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,14 +123,43 @@ def test_ranks_of_several_replicas_have_no_port_in_common() -> None:
         serve_replicas(ReplicaSettings(engine=engine))
 
 
+WITHOUT_RAY = ("run", "ray", *(f"ray.{name}" for name in ("local", "settings", "placement")))
+WITHOUT_RAY += ("ray.prefix_keys", "ray.scaling", "ray.exchange")
+
+
 def test_no_file_of_the_package_needs_ray_to_be_imported_but_those_that_serve_it() -> None:
     """``vmalloc serve`` and the tests of routing do without."""
-    script = (
-        "import sys; sys.modules['ray'] = None; import vmalloc.server.run, vmalloc.server.ray, "
-        "vmalloc.server.ray.local, vmalloc.server.ray.settings, vmalloc.server.ray.placement, "
-        "vmalloc.server.ray.prefix_keys, vmalloc.server.ray.scaling, vmalloc.server.ray.exchange"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.server.preload"])
+    process = context.Process(target=_import_without_ray)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _import_without_ray() -> None:
+    for name in list(sys.modules):
+        if name.startswith(("vmalloc.server", "ray.")):
+            del sys.modules[name]
+    sys.modules["ray"] = None  # type: ignore[assignment]
+    for name in WITHOUT_RAY:
+        import_module(f"vmalloc.server.{name}")
+
+
+@needs_ray
+def test_ranks_share_the_cores_of_their_replica() -> None:
+    pytest.importorskip("ray.serve")  # which warns
+    from vmalloc.server.ray.application import resources
+
+    def threads(size: int, cores: float) -> str:
+        settings = ReplicaSettings(
+            engine=EngineConfig(tensor_parallel_size=size),
+            replicas=ReplicaConfig(cpus_per_replica=cores),
+        )
+        found: str = resources(settings)["runtime_env"]["env_vars"]["OMP_NUM_THREADS"]
+        return found
+
+    assert [threads(*one) for one in ((1, 4.0), (2, 4.0), (4, 2.0), (1, 0.5))] == list("4211")
 
 
 @needs_ray
