@@ -105,7 +105,7 @@ class Follower:
             case Wake():
                 self._wake()
             case Reset():
-                self._reset()
+                self._reset(message)
             case Report():
                 report = RankReport.of(self._channel.rank, self._own.cache)
                 self._channel.gather(report.encode())
@@ -149,12 +149,12 @@ class Follower:
             raise VmallocError("this rank cannot sleep again while another has no memory to wake")
         self._note_created()
 
-    def _reset(self) -> None:
+    def _reset(self, message: Reset) -> None:
         failure, self._failure = self._failure, None
-        self._executor.drop_everything()
+        self._executor.drop_everything(message.capacity_bytes)
         self._channel.gather((failure or "").encode())
         self._channel.least([1])
 
     def _note_created(self) -> None:
         (granted,) = self._channel.least([self._own.num_created])
-        self._own.end_grant(granted, keeps_pages=True)
+        self._own.keep(granted)
