@@ -80,7 +80,7 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
 
 
 class Reset(msgspec.Struct, frozen=True, tag="reset"):
-    """Say why the last plan failed here, if it did; drop what the cache holds, move its cap, vote."""
+    """Say why the last plan failed here, if it did, drop what the cache holds, move its cap."""
 
     capacity_bytes: int
 
