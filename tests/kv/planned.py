@@ -108,7 +108,7 @@ class Pair:
             for cache in (self.leader_cache, self.other):
                 stats = cache.stats()
                 least = min(granted, stats.capacity_bytes // stats.page_bytes)
-                assert least <= stats.created_pages <= granted
+                assert least <= stats.created_pages <= granted, (least, stats, granted)
 
     def start_over(self) -> None:
         """What all ranks do after a plan that one could not carry out."""

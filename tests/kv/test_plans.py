@@ -298,6 +298,17 @@ def test_pages_that_a_lower_cap_took_are_granted_anew() -> None:
     pair.close()
 
 
+def test_a_rank_gives_up_what_others_do_not_have() -> None:
+    pair = Pair(make_config(), "virtual")
+    assert pair.leader.try_admit(SequenceGroupSpec((1,), 60)) is not None
+    supply = pair.leader_cache.supply  # type: ignore[attr-defined]
+    assert supply.try_grant(pair.granted + 10)
+    supply.end_grant(pair.granted + 10, keeps_pages=True)
+    pair.trim(1000)
+    pair.check()
+    pair.close()
+
+
 def test_a_pin_and_a_cap_that_a_rank_was_not_told(pair: Pair) -> None:
     """It failed before it got to them."""
     cache, prompts = pair.leader, [[1] * 40, [2] * 40]
