@@ -171,25 +171,19 @@ def _cell(values: dict[str, float]) -> str:
 
 def draw_figure(rows: list[dict[str, Any]], file: Path) -> None:
     """Where a step's time goes, backend by backend."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "vmalloc"  # the same file for the same numbers
-    import matplotlib.pyplot as plt
+    from vmalloc.measuring.figures import new_panels, save_figure
 
     ranked = [row for row in rows if "parts_us" in row]
-    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.5 * len(ranked)))
+    figure, (axes,) = new_panels(1, 1, width=7.0, height=0.9 + 0.45 * len(ranked))
     labels = [f"{row['backend']}, {row['ranks']} ranks" for row in ranked]
     left = [0.0] * len(ranked)
-    for name, colour in (("plan", "#2a78b8"), ("vote", "#e08a2e"), ("rest", "#c9ced4")):
+    for name, colour in (("plan", "#2f81f7"), ("vote", "#d4813a"), ("rest", "#d0d7de")):
         widths = [row["parts_us"][name]["median"] / 1000 for row in ranked]
         axes.barh(labels, widths, left=left, color=colour, label=name, height=0.55)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_xlabel("median milliseconds of a step")
-    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    save_figure(figure, file)
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,17 @@ def test_backend_protocol():
     assert public_members(vmalloc.KVBackend) == BACKEND
 
 
+LEDGER = {"live_seq_ids", "page_table", "prefix_nodes", "swapped_seq_ids"}
+
+
 def test_virtual_cache_offers_the_protocol_and_a_few_things_more():
     more = {"driver_name", "layout", "mapped_rows", "pause_worker", "run_worker", "seq_len"}
-    more |= {"slot_of", "try_assign"}
+    more |= {"slot_of", "supply", "try_assign", *LEDGER}
     assert public_members(vmalloc.VirtualKVCache) == sorted({*BACKEND, *more})
 
 
 def test_paged_cache_offers_the_protocol_and_a_few_things_more():
-    more = {"block_ids", "driver_name", "seq_len"}
+    more = {"block_ids", "driver_name", "seq_len", *LEDGER}
     assert public_members(vmalloc.PagedKVCache) == sorted({*BACKEND, *more})
 
 

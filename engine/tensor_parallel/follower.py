@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as logging_of_transformers
 
 from ...errors import ConfigError, VmallocError
-from ...plans import PlanExecutor, take_ledger
+from ...plans import PlanExecutor, RankCache, take_ledger
 from ..assembly import assemble
 from ..config import EngineConfig
 from ..startup import StartupPhases
@@ -34,7 +34,6 @@ from .messages import (
     Wake,
     decode,
 )
-from .rank_cache import RankCache
 from .rank_channel import RankChannel
 from .rank_report import RankReport
 from .sharded_model import load_sharded_model
@@ -105,7 +104,7 @@ class Follower:
             case Wake():
                 self._wake()
             case Reset():
-                self._reset()
+                self._reset(message)
             case Report():
                 report = RankReport.of(self._channel.rank, self._own.cache)
                 self._channel.gather(report.encode())
@@ -149,12 +148,12 @@ class Follower:
             raise VmallocError("this rank cannot sleep again while another has no memory to wake")
         self._note_created()
 
-    def _reset(self) -> None:
+    def _reset(self, message: Reset) -> None:
         failure, self._failure = self._failure, None
-        self._executor.drop_everything()
+        self._executor.drop_everything(message.capacity_bytes)
         self._channel.gather((failure or "").encode())
         self._channel.least([1])
 
     def _note_created(self) -> None:
         (granted,) = self._channel.least([self._own.num_created])
-        self._own.end_grant(granted, keeps_pages=True)
+        self._own.keep(granted)

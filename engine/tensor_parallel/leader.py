@@ -17,7 +17,7 @@ import torch
 from torch.distributed import DistError
 
 from ...errors import InvariantError, VmallocError
-from ...plans import Ledger, PlanningKVCache, take_ledger
+from ...plans import Ledger, PlanningKVCache, RankCache, take_ledger
 from ..assembly import EngineParts
 from ..errors import PlanVoidError, RankLostError
 from ..packed_batch import PackedBatch
@@ -25,7 +25,6 @@ from .agreement import agree
 from .facts import settings_facts
 from .messages import Audit, Batch, Grant, Message, Report, Reset, RunStep, Sleep, Stop, Trim, Wake
 from .messages import encode as encode_message
-from .rank_cache import RankCache
 from .rank_group import RankGroup
 from .rank_report import RankReport
 from .rank_share import forget_groups
@@ -161,7 +160,8 @@ class RankLeader:
         planner = self._attached
         if planner.is_broken or not planner.has_plan:
             return
-        self._send(RunStep(planner.take_plan(), None))
+        with self.explaining():
+            self._send(RunStep(planner.take_plan(), None))
 
     def recover(self) -> None:
         """Have all ranks without any sequence, after a plan that one could not carry out.
@@ -170,12 +170,11 @@ class RankLeader:
         ``MAX_VOID_PLANS`` in a row.
         """
         planner = self._attached
-        planner.cache.flush_prefixes()
-        planner.forget_sequences()
+        planner.forget_everything()
         self.times.num_void += 1
         self._num_void += 1
-        self._send(Reset())
         with self.explaining():
+            self._send(Reset(planner.stats().capacity_bytes))
             answers = self._group.channel.gather(b"")
             self._group.channel.least([1])
         reasons = {rank: answer.decode() for rank, answer in enumerate(answers) if answer}
@@ -189,10 +188,11 @@ class RankLeader:
         """See ``PageGrants``."""
         own, before = self._cache, self._attached.granted_pages
         started = time.monotonic()
-        self._send(Grant(num_pages, before))
-        is_granted = own.try_grant(num_pages)
-        is_everywhere = bool(self.least([int(is_granted)])[0])
-        own.end_grant(num_pages if is_everywhere else before, keeps_pages=is_everywhere)
+        with self.explaining():
+            self._send(Grant(num_pages, before))
+            is_granted = own.try_grant(num_pages)
+            is_everywhere = bool(self.least([int(is_granted)])[0])
+            own.end_grant(num_pages if is_everywhere else before, keeps_pages=is_everywhere)
         self.times.num_grants += 1
         self.times.grant_s += time.monotonic() - started
         return is_everywhere
@@ -200,55 +200,62 @@ class RankLeader:
     def trim(self, keep_free_pages: int) -> int:
         """See ``PageGrants``."""
         self.flush()
-        self._send(Trim(keep_free_pages))
-        num_trimmed = self._cache.trim(keep_free_pages)
-        self._note_created()
+        with self.explaining():
+            self._send(Trim(keep_free_pages))
+            num_trimmed = self._cache.trim(keep_free_pages)
+            self._note_created()
         return num_trimmed
 
     def try_sleep(self) -> bool:
         """See ``PageGrants``."""
         self.flush()
-        self._send(Sleep())
-        is_asleep = self._cache.try_sleep()
-        if self.least([int(is_asleep)])[0]:
-            self._slept_with = self._attached.granted_pages
+        with self.explaining():
+            self._send(Sleep())
+            is_asleep = self._cache.try_sleep()
+            is_everywhere = bool(self.least([int(is_asleep)])[0])
+            if is_everywhere:
+                self._slept_with = self._attached.granted_pages
+            elif is_asleep and not self._cache.try_wake():
+                raise VmallocError("rank 0 cannot wake from a sleep that another could not begin")
             self._note_created()
-            return True
-        if is_asleep and not self._cache.try_wake():
-            raise VmallocError("rank 0 cannot wake from a sleep that another rank could not begin")
-        self._note_created()
-        return False
+        return is_everywhere
 
     def try_wake(self) -> bool:
         """See ``PageGrants``."""
         # What was granted before is enough for what slept; no rank begins where one has less.
         if self._slept_with > 0 and not self._attached.try_regrant(self._slept_with):
             return False
-        self._send(Wake())
-        is_awake = self._cache.try_wake()
-        if self.least([int(is_awake)])[0]:
-            self._slept_with = 0
-            return True
-        if is_awake and not self._cache.try_sleep():
-            raise VmallocError("rank 0 cannot sleep again while another rank has no memory to wake")
-        self._note_created()
+        with self.explaining():
+            self._send(Wake())
+            is_awake = self._cache.try_wake()
+            if self.least([int(is_awake)])[0]:
+                self._slept_with = 0
+                return True
+            if is_awake and not self._cache.try_sleep():
+                raise VmallocError("rank 0 cannot sleep again while another has no memory to wake")
+            self._note_created()
         return False
 
     def reports(self) -> list[RankReport]:
         """How every rank's memory is, in rank order."""
         self.flush()
-        self._send(Report())
+        own = RankReport.of(0, self._cache.cache).encode()
         with self.explaining():
-            answers = self._group.channel.gather(RankReport.of(0, self._cache.cache).encode())
+            self._send(Report())
+            answers = self._group.channel.gather(own)
         return [RankReport.decode(answer) for answer in answers]
 
     def ledgers(self) -> list[Ledger]:
-        """What every rank's cache holds, in rank order, once its books were checked."""
+        """What every rank's cache holds, in rank order, once its books were checked.
+
+        Raises ``ConfigError`` while they sleep, and ``InvariantError`` if rank 0's books are wrong.
+        """
         self.flush()
-        self._send(Audit())
-        self._cache.cache.check_invariants()
+        self._cache.cache.check_invariants()  # before the others wait for it
+        own = take_ledger(self._cache.cache).encode()
         with self.explaining():
-            answers = self._group.channel.gather(take_ledger(self._cache.cache).encode())
+            self._send(Audit())
+            answers = self._group.channel.gather(own)
         return [Ledger.decode(answer) for answer in answers]
 
     def check_ledgers(self) -> None:
@@ -285,7 +292,7 @@ class RankLeader:
     def _note_created(self) -> None:
         """Agree on a grant that every rank has the pages of."""
         (granted,) = self.least([self._cache.num_created])
-        self._cache.end_grant(granted, keeps_pages=True)
+        self._cache.keep(granted)
         self._attached.note_grant(granted)
 
     def _send(self, message: Message) -> None:

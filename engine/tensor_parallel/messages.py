@@ -80,7 +80,9 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
 
 
 class Reset(msgspec.Struct, frozen=True, tag="reset"):
-    """Say why the last plan failed here, if it did, drop every sequence and vote."""
+    """Say why the last plan failed here, if it did, drop what the cache holds, move its cap."""
+
+    capacity_bytes: int
 
 
 class Report(msgspec.Struct, frozen=True, tag="report"):

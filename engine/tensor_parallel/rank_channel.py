@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -199,17 +200,19 @@ class RankChannel:
         return list(struct.unpack_from(f"<{count}q", data, 8))
 
     def _wait_vote(self, peer: int, deadline: float) -> None:
-        self._wait(self._vote_works.pop(peer), peer, deadline, "vote")
+        self._wait(self._vote_works.pop(peer, None), peer, deadline, "vote")
         # Read before the next vote can come: a peer votes again only after the result of this one.
         self._expect_vote(peer)
 
     def _expect_vote(self, peer: int) -> None:
         tag = _VOTE_TAG if self.rank == 0 else _RESULT_TAG
-        self._vote_works[peer] = self._open().recv([self._votes[peer].tensor], peer, tag)
+        with suppress(RuntimeError):  # it has left after its last vote: the next one is not there
+            self._vote_works[peer] = self._open().recv([self._votes[peer].tensor], peer, tag)
 
     def _expect_frame(self, peer: int) -> None:
         tag = _ANSWER_TAG if self.rank == 0 else _MESSAGE_TAG
-        self._frame_works[peer] = self._open().recv([self._frames[peer].tensor], peer, tag)
+        with suppress(RuntimeError):  # it has left after its last message, as rank 0 does
+            self._frame_works[peer] = self._open().recv([self._frames[peer].tensor], peer, tag)
 
     def _put_message(self, message: bytes, peers: Sequence[int], tag: int) -> None:
         first = message[:_FIRST_BYTES]
@@ -221,7 +224,7 @@ class RankChannel:
             self._put(rest, peers, _REST_TAG, self.timeout_s)
 
     def _take_message(self, peer: int, deadline: float) -> bytes:
-        self._wait(self._frame_works.pop(peer), peer, deadline, "message")
+        self._wait(self._frame_works.pop(peer, None), peer, deadline, "message")
         data = self._frames[peer].data
         (num_bytes,) = _HEADER.unpack_from(data)
         if num_bytes > MAX_MESSAGE_BYTES:
@@ -249,7 +252,9 @@ class RankChannel:
         for peer in peers:
             self._wait(self._sending.pop(peer), peer, deadline, "receipt")
 
-    def _wait(self, work: dist.Work, peer: int, deadline: float, what: str) -> None:
+    def _wait(self, work: dist.Work | None, peer: int, deadline: float, what: str) -> None:
+        if work is None:
+            raise RankLostError(peer, f"it has left, and sends no {what}")
         started = time.monotonic()
         try:
             work.wait(timedelta(seconds=max(deadline - started, 0.001)))

@@ -147,7 +147,7 @@ class Engine {
 
  private:
   void operate() {
-    switch (pick(random_, 18)) {
+    switch (pick(random_, 19)) {
       case 0:
       case 1:
         admit();
@@ -188,10 +188,28 @@ class Engine {
       case 13:
         if (!live_.empty()) assign();
         break;
+      case 14:
+        grant();
+        break;
       default:
         step();
         break;
     }
+  }
+
+  /// Have pages created as several pools do together: kept, or given back where another has none.
+  void grant() {
+    require(arena_.stats().pool.num_created <= most_created_, "a page was created ungranted");
+    const std::size_t num_pages = pick(random_, 200);
+    const bool is_granted = arena_.try_grant(num_pages);
+    const vmalloc::PoolStats pool = arena_.stats().pool;
+    require(!is_granted || pool.num_created >= std::min(num_pages, pool.max_pages),
+            "granted pages were not created");
+    jitter(random_);
+    const bool is_last = pick(random_, 3) == 0;  // of those that limit what is created on demand
+    const std::size_t limit = is_last ? SIZE_MAX : pick(random_, 2) == 0 ? num_pages : 60;
+    arena_.end_grant(limit, is_granted && pick(random_, 2) == 0);
+    most_created_ = std::max(limit, arena_.stats().pool.num_created);
   }
 
   void admit() {
@@ -393,6 +411,7 @@ class Engine {
   std::map<std::uint64_t, std::vector<std::vector<float>>> swapped_;
   std::set<std::uint64_t> dropped_;  // groups that lost their second member
   std::vector<vmalloc::PageId> cached_;
+  std::size_t most_created_ = SIZE_MAX;  // pages, by the last grant
   float next_value_ = 1;
 };
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from vmalloc.engine.errors import RankMismatchError
 from vmalloc.engine.tensor_parallel.agreement import agree
 from vmalloc.engine.tensor_parallel.rank_channel import RankChannel
+
+LATE_FILE = "VMALLOC_TEST_LATE_FILE"
 
 
 def obey(channel: RankChannel) -> None:
@@ -24,6 +27,12 @@ def obey(channel: RankChannel) -> None:
         if word == "stop":
             return
         _ORDERS[word](channel, argument)
+
+
+def read_late(channel: RankChannel) -> None:
+    """Read the last message when rank 0 has most likely left."""
+    time.sleep(0.5)
+    Path(os.environ[LATE_FILE]).write_bytes(channel.receive())
 
 
 def _vote(channel: RankChannel, values: list[list[int]]) -> None:

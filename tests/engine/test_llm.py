@@ -316,6 +316,7 @@ def test_the_engine_sees_only_the_librarys_public_modules() -> None:
         "host_memory",
         "memory_table",
         "page_map",
+        "plans",
     }
     kernels = ("buckets", "cpu", "decoder_cpu", "decoder_spec", "draw_cpu", "select")
     allowed |= {f"kernels.{name}" for name in kernels}

@@ -27,6 +27,7 @@ from tests.engine.agreement import (
 from tests.engine.running import PAGE, assert_no_page_is_lost, run_out
 from vmalloc.engine import EngineConfig, LLMEngine, SamplingParams
 from vmalloc.engine.loading import load_engine
+from vmalloc.errors import ConfigError
 
 SHAPE = "4x2x16"
 SEEDS = range(2)
@@ -182,6 +183,8 @@ def test_sleep_trim_and_pins_reach_every_rank(engine: LLMEngine) -> None:
     engine.sleep()
     num_left = [report.kv_stats.created_pages for report in engine.leader.reports()]
     pinned = engine.prefix_stats().pinned_pages
+    with pytest.raises(ConfigError, match="asleep"):
+        engine.leader.check_ledgers()
     assert num_left == [pinned if is_virtual else 0] * RANKS
     assert engine.wake()
     check_ledgers(engine)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,6 +28,8 @@ from vmalloc.engine import EngineConfig, LLMEngine, RankLostError, RankMismatchE
 from vmalloc.engine.startup import StartupPhases
 from vmalloc.engine.tensor_parallel.leader import MAX_VOID_PLANS
 from vmalloc.engine.tensor_parallel.loading import load_parallel_engine
+from vmalloc.errors import DriverError
+from vmalloc.plans import RankCache
 
 SHAPE = "4x2x16"
 FEW_PAGES = 32
@@ -162,6 +165,20 @@ def test_a_rank_is_late(faulty: Faulty) -> None:
         assert seconds < LIMIT_S
         assert "behind" in error.reason
         assert "1.5 s" in error.reason
+
+
+def test_rank_0_fails_while_others_wait_for_it(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faulty.start() as engine:
+        error = DriverError("madvise", 22, "EINVAL", "fault injection")
+        monkeypatch.setattr(RankCache, "trim", Mock(side_effect=error))
+        with pytest.raises(DriverError):
+            engine.trim_kv_cache()
+        started = time.monotonic()
+        with pytest.raises(RankLostError, match=r"rank 0 was lost: it left the others .*EINVAL"):
+            engine.resize_kv_cache(60 * PAGE)
+        assert time.monotonic() - started < LIMIT_S
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.engine import rank_entries
 from tests.engine.ranks import (
     LIMIT_S,
     assert_nothing_is_left,
@@ -176,3 +177,13 @@ def test_ranks_end_with_rank_0() -> None:
         wait_until(lambda: all(process_state(pid) in ("", "Z") for pid in pids))
         assert own.stderr is not None
         assert sorted(own.stderr.read().splitlines()) == ["rank 1 obeys", "rank 2 obeys"]
+
+
+def test_the_last_message_is_read_though_rank_0_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(rank_entries.LATE_FILE, str(tmp_path / "late"))
+    with start(2, entry="tests.engine.rank_entries:read_late") as group:
+        group.channel.send(b"stop")
+    assert (tmp_path / "late").read_bytes() == b"stop"
+    assert "Traceback" not in capfd.readouterr().err

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from vmalloc import KVCacheConfig, PagedKVCache, VirtualKVCache, _core
 from vmalloc.backend import KVBackend
 from vmalloc.core_setup import make_driver
-from vmalloc.plans import PlanExecutor, PlanningKVCache, decode_plan, encode_plan, take_ledger
+from vmalloc.plans import (
+    PlanExecutor,
+    PlanningKVCache,
+    RankCache,
+    decode_plan,
+    encode_plan,
+    take_ledger,
+)
 
 
 class Pair:
@@ -21,6 +28,7 @@ class Pair:
         self.config = config
         self.other_limit = other_limit
         self.num_refused = 0
+        self.is_lost = False  # whether the other cache waits for a reset
         self.drivers: list[_core.FaultDriver] = []
         make: Callable[[], KVBackend] = self._virtual if kind == "virtual" else self._paged
         self.other = make()
@@ -65,7 +73,14 @@ class Pair:
         return self.leader.cache
 
     def trim(self, keep_free_pages: int) -> int:
-        raise NotImplementedError
+        self.tell()
+        ranks = [RankCache(cache) for cache in (self.leader_cache, self.other)]
+        num_trimmed = [rank.trim(keep_free_pages) for rank in ranks]
+        self.granted = min(rank.num_created for rank in ranks)
+        for rank in ranks:
+            rank.keep(self.granted)
+        self.leader.note_grant(self.granted)
+        return num_trimmed[0]
 
     def try_sleep(self) -> bool:
         raise NotImplementedError
@@ -73,8 +88,16 @@ class Pair:
     def try_wake(self) -> bool:
         raise NotImplementedError
 
+    def lose_plan(self) -> None:
+        """The other cache fails at the start of the plan, and does nothing until it is reset."""
+        self.leader.take_plan()
+        self.is_lost = True
+
     def tell(self) -> None:
         """Let the other cache do what the deciding one did."""
+        if self.is_lost:
+            self.leader.take_plan()
+            return
         self.executor.carry_out(decode_plan(encode_plan(self.leader.take_plan())))
         if self.other_limit is not None:
             assert isinstance(self.other, VirtualKVCache)
@@ -86,6 +109,19 @@ class Pair:
         self.other.check_invariants()
         differences = take_ledger(self.leader_cache).differences(take_ledger(self.other))
         assert not differences, "\n".join(differences)
+        if isinstance(self.other, VirtualKVCache):  # none was created on demand
+            granted = self.leader.granted_pages
+            for cache in (self.leader_cache, self.other):
+                stats = cache.stats()
+                least = min(granted, stats.capacity_bytes // stats.page_bytes)
+                assert least <= stats.created_pages <= granted, (least, stats, granted)
+
+    def start_over(self) -> None:
+        """What all ranks do after a plan that one could not carry out."""
+        self.leader_cache.free(self.leader_cache.live_seq_ids())  # type: ignore[attr-defined]
+        self.leader.forget_everything()
+        self.is_lost = False
+        self.executor.drop_everything(self.leader.stats().capacity_bytes)
 
     def close(self) -> None:
         self.leader.close()

@@ -226,10 +226,107 @@ def test_a_cache_that_does_not_find_its_pages_says_so() -> None:
     pair.other.trim()
     with pytest.raises(InvariantError, match="pages short where the one that decides was not"):
         pair.executor.carry_out(plan)
-    pair.executor.drop_everything()
+    pair.executor.drop_everything(pair.leader.stats().capacity_bytes)
     pair.other.check_invariants()
     assert pair.other.stats().num_live_seqs == 0
     pair.close()
+
+
+def leave_prefix(pair: Pair, seq_id: int, prompt: list[int]) -> None:
+    cache = pair.leader
+    assert cache.try_admit(SequenceGroupSpec((seq_id,), len(prompt)), cache.match_prefix(prompt))
+    cache.register_tokens(seq_id, prompt, len(prompt))
+    cache.free([seq_id])
+
+
+def test_a_hit_that_found_no_room_was_used_everywhere() -> None:
+    """What is evicted next must not depend on a rank having seen the attempt."""
+    pair, prompts = Pair(make_config(), "virtual"), [[1] * 60, [2] * 60]
+    cache = pair.leader
+    for seq_id, prompt in enumerate(prompts):
+        leave_prefix(pair, seq_id, prompt)
+    many = SequenceGroupSpec(tuple(range(10, 18)), 120)
+    assert cache.try_admit(many, cache.match_prefix([*prompts[0], 3])) is None
+    seq_id = 20
+    while cache.prefix_stats().evicted_pages == 0:
+        assert cache.try_admit(SequenceGroupSpec((seq_id,), 60)) is not None
+        seq_id += 1
+    assert cache.match_prefix(prompts[0]).num_tokens == 60  # the other prompt's pages went
+    pair.tell()
+    pair.check()
+    pair.close()
+
+
+def test_a_hit_found_before_there_was_more(pair: Pair) -> None:
+    prompt = [1] * 60
+    leave_prefix(pair, 1, prompt[:24])
+    hit = pair.leader.match_prefix(prompt)
+    leave_prefix(pair, 2, prompt)
+    reservation = pair.leader.try_admit(SequenceGroupSpec((3,), 60), hit)
+    assert reservation is not None
+    assert reservation.num_cached_tokens == 59
+    pair.tell()
+    pair.check()
+
+
+def test_a_swap_that_only_the_decider_cannot_make() -> None:
+    pair = Pair(make_config(commit_ahead_tokens=0), "virtual")
+    assert pair.leader.try_admit(SequenceGroupSpec((1,), 60)) is not None
+    pair.tell()
+    pair.drivers[1].fail_call(0, _core.Fault.OUT_OF_MEMORY)
+    assert not pair.leader.try_swap_out([1])
+    pair.tell()
+    pair.check()
+    pair.close()
+
+
+def test_pages_that_a_lower_cap_took_are_granted_anew() -> None:
+    pair = Pair(make_config(), "virtual")
+    cache = pair.leader
+    assert cache.try_admit(SequenceGroupSpec((1, 2, 3), 120)) is not None
+    cache.resize(40 * 4096)  # below what is in use
+    cache.free([1, 2, 3], keep_prefix=False)
+    pair.tell()
+    assert cache.stats().created_pages == 40
+    cache.resize(120 * 4096)
+    pair.check()
+    num_granted = pair.granted
+    assert cache.try_admit(SequenceGroupSpec((4, 5), 120)) is not None
+    assert pair.granted > num_granted
+    pair.tell()
+    pair.check()
+    pair.close()
+
+
+def test_a_rank_gives_up_what_others_do_not_have() -> None:
+    pair = Pair(make_config(), "virtual")
+    assert pair.leader.try_admit(SequenceGroupSpec((1,), 60)) is not None
+    supply = pair.leader_cache.supply  # type: ignore[attr-defined]
+    assert supply.try_grant(pair.granted + 10)
+    supply.end_grant(pair.granted + 10, keeps_pages=True)
+    pair.trim(1000)
+    pair.check()
+    pair.close()
+
+
+def test_a_pin_and_a_cap_that_a_rank_was_not_told(pair: Pair) -> None:
+    """It failed before it got to them."""
+    cache, prompts = pair.leader, [[1] * 40, [2] * 40]
+    for seq_id, prompt in enumerate(prompts):
+        leave_prefix(pair, seq_id, prompt)
+    assert cache.pin_prefix(prompts[0]) == 40
+    pair.tell()
+    assert cache.pin_prefix(prompts[1]) == 40
+    assert cache.unpin_prefix(prompts[0]) == 40
+    pair.lose_plan()
+    cache.resize(90 * 4096)
+    pair.start_over()
+    pair.check()
+    assert pair.other.stats().capacity_bytes == cache.stats().capacity_bytes < 120 * 4096
+    assert cache.unpin_prefix(prompts[1]) == 0
+    leave_prefix(pair, 7, prompts[1])
+    pair.tell()
+    pair.check()
 
 
 def test_another_outcome_is_an_error() -> None:
@@ -249,7 +346,7 @@ def test_a_call_that_throws_breaks_the_plan() -> None:
     with pytest.raises(DriverError):
         pair.leader.try_extend([1], [100])
     assert pair.leader.is_broken
-    pair.leader.forget_sequences()
+    pair.leader.forget_everything()
     assert not pair.leader.is_broken
     assert not pair.leader.has_plan
     pair.close()

@@ -219,6 +219,11 @@ def test_the_defaults_are_those_of_the_configs(serve_with: Any) -> None:
     assert server_config == ServerConfig()
 
 
+def test_what_ranks_refuse_arrives_without_them(serve_with: Any) -> None:
+    _, _, engine_config, _ = serve_with("--compile")
+    assert engine_config.compile is True
+
+
 def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("template", "cert", "key")}
     for path in files.values():
@@ -235,7 +240,7 @@ def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
         *("--body-timeout", "9"),
         *("--shutdown-timeout", "9", "--health-timeout", "10", "--release-idle-after", "0"),
         *("--log-format", "json", "--enable-log-requests", "--disable-log-stats"),
-        *("--otlp-traces-endpoint", "http://c", "--seed", "11", "--enforce-eager", "--compile"),
+        *("--otlp-traces-endpoint", "http://c", "--seed", "11", "--enforce-eager"),
         *("--fused", "off"),
         *("--no-enable-prefix-caching", "--batch-invariant", "--preemption-mode", "swap"),
         *("--scheduling-policy", "priority", "--commit-policy", "oracle", "--block-size", "12"),
@@ -277,7 +282,6 @@ def test_every_option_arrives(serve_with: Any, tmp_path: Path) -> None:
         kv_driver="host",
         gpu_memory_utilization=0.5,
         enforce_eager=True,
-        compile=True,
         fused="off",
         scheduling_policy="priority",
         preemption_mode="swap",

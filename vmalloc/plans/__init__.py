@@ -9,6 +9,7 @@ from .ledger import Ledger, take_ledger
 from .operations import Operation, decode_plan, encode_plan
 from .plan_executor import PlanExecutor
 from .planning_cache import PageGrants, PlanningKVCache
+from .rank_cache import RankCache
 
 __all__ = [
     "Ledger",
@@ -16,6 +17,7 @@ __all__ = [
     "PageGrants",
     "PlanExecutor",
     "PlanningKVCache",
+    "RankCache",
     "decode_plan",
     "encode_plan",
     "take_ledger",

@@ -43,6 +43,7 @@ class PlanExecutor:
         self._cache = cache
         self._supply = cache.supply if isinstance(cache, VirtualKVCache) else None
         self._token_ids: dict[int, list[int]] = {}
+        self._pins: list[tuple[list[int], str]] = []
         self._step: Step | None = None
 
     @property
@@ -61,12 +62,20 @@ class PlanExecutor:
         for operation in operations:
             self._do(operation)
 
-    def drop_everything(self) -> None:
-        """Free every sequence and forget every prefix that is not pinned."""
+    def drop_everything(self, capacity_bytes: int) -> None:
+        """Free every sequence and forget every prefix, after a plan that was not carried out.
+
+        ``capacity_bytes``: the other cache's cap, whose last change may be among what was lost.
+        """
         self.end_step()
         self._cache.free(self.seq_ids, keep_prefix=False)
         self._token_ids.clear()
+        for token_ids, salt in self._pins:
+            self._cache.unpin_prefix(token_ids, salt)
+        self._pins.clear()
         self._cache.flush_prefixes()
+        if self._cache.stats().capacity_bytes != capacity_bytes:
+            self._cache.resize(capacity_bytes)
 
     def end_step(self) -> None:
         """Close a step whose end was not told."""
@@ -112,8 +121,7 @@ class PlanExecutor:
                 with self._repeating(operation.notes):
                     self.end_step()
             case Pin():
-                change = self._cache.pin_prefix if operation.is_pinned else self._cache.unpin_prefix
-                change(operation.token_ids, operation.salt)
+                self._pin(operation)
             case Flush():
                 self._cache.flush_prefixes()
             case Resize():
@@ -157,6 +165,14 @@ class PlanExecutor:
             before = [self._token_ids[seq_id] for seq_id in operation.seq_ids]
             for seq_id, idx in zip(operation.seq_ids, operation.parent_idx, strict=True):
                 self._token_ids[seq_id] = list(before[idx])
+
+    def _pin(self, operation: Pin) -> None:
+        token_ids, salt = operation.token_ids, operation.salt
+        if operation.is_pinned:
+            if self._cache.pin_prefix(token_ids, salt):
+                self._pins.append((token_ids, salt))
+        elif self._cache.unpin_prefix(token_ids, salt):
+            self._pins.remove((token_ids, salt))
 
     @contextmanager
     def _repeating(self, notes: list[int]) -> Iterator[None]:

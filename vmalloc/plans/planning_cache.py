@@ -97,6 +97,8 @@ class PlanningKVCache:
         self._num_known: dict[int, int] = {}
         self._supply = cache.supply if isinstance(cache, VirtualKVCache) else None
         self._granted_pages = 0
+        self._pins: list[tuple[list[int], str]] = []
+        self._last_hit: PrefixHit | None = None  # None once a call may have changed it
         self.is_broken = False
 
     def begin(self) -> None:
@@ -104,7 +106,10 @@ class PlanningKVCache:
 
         Raises ``ConfigError`` if a rank has no memory for the first pages.
         """
-        if self._supply is not None and not self._grow(1):
+        if self._supply is None:
+            return
+        self._grants.trim(self._supply.max_pages)  # what workers created until now may differ
+        if not self._grow(1):
             raise ConfigError(
                 f"the cap on KV memory is {self.config.capacity_bytes} bytes; a rank has no "
                 "memory for the first of its pages"
@@ -130,10 +135,17 @@ class PlanningKVCache:
         operations, self._operations = self._operations, []
         return operations
 
-    def forget_sequences(self) -> None:
-        """Note that no rank has any sequence, and nothing is left to tell."""
+    def forget_everything(self) -> None:
+        """Forget every prefix, as no rank has any sequence, and what the others were not told.
+
+        Pinned ones too: another rank may not have got as far as the pin.
+        """
         self._operations.clear()
         self._num_known.clear()
+        for token_ids, salt in self._pins:
+            self._cache.unpin_prefix(token_ids, salt)
+        self._pins.clear()
+        self._cache.flush_prefixes()
         self.is_broken = False
 
     def try_regrant(self, num_pages: int) -> bool:
@@ -169,14 +181,19 @@ class PlanningKVCache:
         self._operations.append(Prefetch(num_tokens))
 
     def match_prefix(self, token_ids: Sequence[int], salt: str = "") -> PrefixHit:
-        return self._cache.match_prefix(token_ids, salt)
+        hit = self._last_hit = self._cache.match_prefix(token_ids, salt)
+        return hit
 
     def try_admit(
         self, group: SequenceGroupSpec, hit: PrefixHit | None = None
     ) -> Reservation | None:
+        if hit is not None and hit is not self._last_hit:
+            hit = self._cache.match_prefix(hit.token_ids, hit.salt)  # the others look now
+        is_hit = hit is not None and hit.num_tokens > 0
         with self._noting() as notes:
             reservation = self._cache.try_admit(group, hit)
-        if reservation is not None or len(notes) > 1:  # else nothing happened
+        # Refused at once, it changed nothing; but a hit that was tried was used.
+        if reservation is not None or len(notes) > 1 or (notes and is_hit):
             self._operations.append(
                 Admit(
                     list(group.seq_ids),
@@ -246,7 +263,8 @@ class PlanningKVCache:
     def try_swap_out(self, seq_ids: Sequence[int]) -> bool:
         with self._noting():
             is_done = self._cache.try_swap_out(seq_ids)
-        self._operations.append(SwapOut(list(seq_ids), is_done))
+        if is_done:  # else nothing happened, and another rank might have had the memory
+            self._operations.append(SwapOut(list(seq_ids), is_done))
         return is_done
 
     def try_swap_in(self, seq_ids: Sequence[int]) -> bool:
@@ -259,12 +277,16 @@ class PlanningKVCache:
         with self._noting():
             num_pinned = self._cache.pin_prefix(token_ids, salt)
         self._operations.append(Pin(list(token_ids), salt, is_pinned=True))
+        if num_pinned:
+            self._pins.append((list(token_ids), salt))
         return num_pinned
 
     def unpin_prefix(self, token_ids: Sequence[int], salt: str = "") -> int:
         with self._noting():
             num_unpinned = self._cache.unpin_prefix(token_ids, salt)
         self._operations.append(Pin(list(token_ids), salt, is_pinned=False))
+        if num_unpinned:
+            self._pins.remove((list(token_ids), salt))
         return num_unpinned
 
     def flush_prefixes(self) -> int:
@@ -320,6 +342,9 @@ class PlanningKVCache:
         with self._noting() as notes:
             self._cache.resize(capacity_bytes)
         self._operations.append(Resize(capacity_bytes, notes))
+        if self._supply is not None:
+            # Pages beyond the cap go, and none may come back on demand when it rises again.
+            self._grants.trim(self._supply.max_pages)
 
     def try_sleep(self) -> bool:
         return self._grants.try_sleep()
@@ -349,6 +374,7 @@ class PlanningKVCache:
     def _noting(self) -> Iterator[list[int]]:
         """Note what a call comes to; one that throws, other than to refuse, may have done half."""
         script = SupplyScript(grow=self._grow)
+        self._last_hit = None
         if self._supply is not None:
             self._supply.script = script
         try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 
-from ...backend import KVBackend
-from ...errors import DriverError
-from ...kv_cache import VirtualKVCache
+from ..backend import KVBackend
+from ..errors import DriverError
+from ..kv_cache import VirtualKVCache
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,17 @@ class RankCache:
         """See ``PageSupply``; nothing where pages are not granted."""
         if self._supply is not None:
             self._supply.end_grant(num_pages, keeps_pages=keeps_pages)
+
+    def keep(self, num_pages: int) -> None:
+        """Have no more pages than ``num_pages``, which every rank has, but for those in use."""
+        if self._supply is None:
+            return
+        self._supply.end_grant(num_pages, keeps_pages=True)
+        surplus = self.num_created - num_pages
+        if surplus > 0:
+            self.cache.wait_worker()  # or it would take some of what is free meanwhile
+            self.cache.trim(self.num_created)
+            self.cache.trim(max(self.cache.stats().free_pages - surplus, 0))
 
     def trim(self, keep_free_pages: int) -> int:
         """Give free pages back, and create none on demand from then on; how many."""
