@@ -5,6 +5,7 @@ Owns: nothing.  Thread-safety: none; the thread that loads is the one that steps
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,8 +65,10 @@ def load_parallel_engine(
                 model = load_sharded_model(name, config.dtype, group.channel.device, 0, size, meet)
             config = replace(config, device=str(group.channel.device))
             return LLMEngine(model, tokenizer, config, phases=phases, leader=leader)
-    except BaseException:
+    except BaseException as error:
         leader.close()
+        # Who keeps the error would keep the weights, and with them the sockets to the others.
+        traceback.clear_frames(error.__traceback__)
         raise
 
 
