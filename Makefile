@@ -20,7 +20,7 @@ serve: build
 
 # One torch thread a worker: two workers with two threads each would fight for two cores.
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests
 
 # vLLM's CPU build, stock and with our KV memory, in an environment of its own (.venv-vllm, 2.5 GB).
 test-vllm: build
