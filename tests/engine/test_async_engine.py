@@ -126,6 +126,8 @@ async def assert_nothing_is_left(engine: AsyncLLMEngine) -> None:
     assert engine._streams == {}
     assert not await engine.call(LLMEngine.has_unfinished_requests)
     await engine.call(LLMEngine.flush_prefix_cache)
+    # A slot may be getting its first page for a request that is gone again.
+    await engine.call(lambda engine: engine.backend.wait_worker())
     await engine.call(LLMEngine.trim_kv_cache)
     await engine.call(lambda engine: engine.backend.check_invariants())
     snapshot = engine.snapshot

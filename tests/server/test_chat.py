@@ -197,7 +197,9 @@ def test_answers_are_json_where_they_must_be(demo_server: RunningServer) -> None
     }
     named = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     for form in (named, {"type": "text"}):
-        answer = demo_server.post(CHAT, messages=ASK, response_format=form, max_tokens=30)
+        answer = demo_server.post(
+            CHAT, messages=ASK, response_format=form, max_tokens=30, temperature=0, seed=0
+        )
         assert answer.status_code == 200
         text = answer.json()["choices"][0]["message"]["content"]
         if form is named:
