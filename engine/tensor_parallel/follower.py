@@ -135,16 +135,20 @@ class Follower:
         self._own.end_grant(granted, keeps_pages=is_everywhere)
 
     def _sleep(self) -> None:
-        is_asleep = self._own.try_sleep()
-        if not self._channel.least([int(is_asleep)])[0] and is_asleep and not self._own.try_wake():
+        is_asleep = self._own.cache.try_sleep()
+        if (
+            not self._channel.least([int(is_asleep)])[0]
+            and is_asleep
+            and not self._own.cache.try_wake()
+        ):
             raise VmallocError("this rank cannot wake from a sleep that another could not begin")
         self._note_created()
 
     def _wake(self) -> None:
-        is_awake = self._own.try_wake()
+        is_awake = self._own.cache.try_wake()
         if self._channel.least([int(is_awake)])[0]:
             return
-        if is_awake and not self._own.try_sleep():
+        if is_awake and not self._own.cache.try_sleep():
             raise VmallocError("this rank cannot sleep again while another has no memory to wake")
         self._note_created()
 

@@ -211,11 +211,11 @@ class RankLeader:
         self.flush()
         with self.explaining():
             self._send(Sleep())
-            is_asleep = self._cache.try_sleep()
+            is_asleep = self._cache.cache.try_sleep()
             is_everywhere = bool(self.least([int(is_asleep)])[0])
             if is_everywhere:
                 self._slept_with = self._attached.granted_pages
-            elif is_asleep and not self._cache.try_wake():
+            elif is_asleep and not self._cache.cache.try_wake():
                 raise VmallocError("rank 0 cannot wake from a sleep that another could not begin")
             self._note_created()
         return is_everywhere
@@ -223,15 +223,17 @@ class RankLeader:
     def try_wake(self) -> bool:
         """See ``PageGrants``."""
         # What was granted before is enough for what slept; no rank begins where one has less.
-        if self._slept_with > 0 and not self._attached.try_regrant(self._slept_with):
-            return False
+        if self._slept_with > 0:
+            if not self.try_grant(self._slept_with):
+                return False
+            self._attached.note_grant(self._slept_with)
         with self.explaining():
             self._send(Wake())
-            is_awake = self._cache.try_wake()
+            is_awake = self._cache.cache.try_wake()
             if self.least([int(is_awake)])[0]:
                 self._slept_with = 0
                 return True
-            if is_awake and not self._cache.try_sleep():
+            if is_awake and not self._cache.cache.try_sleep():
                 raise VmallocError("rank 0 cannot sleep again while another has no memory to wake")
             self._note_created()
         return False

@@ -148,15 +148,8 @@ class PlanningKVCache:
         self._cache.flush_prefixes()
         self.is_broken = False
 
-    def try_regrant(self, num_pages: int) -> bool:
-        """Have as many pages granted as there were before a sleep."""
-        if not self._grants.try_grant(num_pages):
-            return False
-        self._granted_pages = num_pages
-        return True
-
     def note_grant(self, num_pages: int) -> None:
-        """Pages that every rank has created now, where that changed by a trim."""
+        """Pages that every rank has created now, where that changed by a trim or a sleep."""
         self._granted_pages = num_pages
 
     @property
@@ -395,7 +388,8 @@ class PlanningKVCache:
         if self._granted_pages >= max_pages:
             return False
         ahead = max(MIN_GRANT_PAGES, self._granted_pages // GRANT_SHARE)
-        for step in (max(num_pages, min(ahead, max_pages // MAX_GRANT_SHARE)), num_pages):
+        ahead = min(ahead, max_pages // MAX_GRANT_SHARE)
+        for step in sorted({max(num_pages, ahead), num_pages}, reverse=True):
             wanted = min(self._granted_pages + step, max_pages)
             if self._grants.try_grant(wanted):
                 self._granted_pages = wanted

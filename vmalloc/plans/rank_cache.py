@@ -58,11 +58,3 @@ class RankCache:
     def num_created(self) -> int:
         """Pages that exist here."""
         return self.cache.stats().created_pages
-
-    def try_sleep(self) -> bool:
-        """Give all memory back."""
-        return self.cache.try_sleep()
-
-    def try_wake(self) -> bool:
-        """Take as much memory again as was granted."""
-        return self.cache.try_wake()
